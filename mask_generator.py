@@ -1,0 +1,235 @@
+"""The mask generator S of SemPLeS: a plain ViT that turns an image into class activation maps (paper, section 3.1).
+
+The paper takes its generator from WeakTr: a DeiT trunk with one class token per class, and three ways to look at it:
+
+    coarse = conv3x3(patch tokens)                                       coarse CAM                  [eq. W1]
+    A      = mean_m w_m A_m,  w = sigmoid(MLP(head features))            adaptive attention fusion   [eq. W2]
+    fine   = A_p2p (A_c2p * relu(coarse))                                fine CAM                    [eq. W3]
+
+A_m are the attention maps of all L * A heads, A_c2p the rows from class tokens to patches, A_p2p those from patches to
+patches. Three image-level predictions follow (class tokens, pooled coarse, pooled fine), which the classification phase
+trains; the CAM that CLIP judges is M = relu(fine).
+
+Details that the paper leaves open:
+    [detail 1] A_c2p is multiplied by the number of patches and the rows of A_p2p are divided by their sums, so that
+               uniform attention changes nothing and the fine CAM has the scale of the coarse one at any image size.
+    [detail 2] The pooled fine prediction uses coarse without relu: an absent class can then score below zero.
+
+Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
+
+    python mask_generator.py --vit deit_small_patch16_224-cd65a155.pth          # prints what the file holds
+    python mask_generator.py --vit deit_tiny_patch16_224.pth --image photo.jpg  # and its five ImageNet classes
+"""
+import argparse
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision import transforms
+
+from clip_model import InputError, read_image, run
+
+# Dimension key: B images, K classes, H W pixels, h w patch grid, L layers, A heads, D ViT width, T tokens (K + h*w).
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEAD_WIDTH = 64  # channels of one attention head, the same in every DeiT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trunk: a Vision Transformer (Dosovitskiy et al. 2021), named as DeiT's checkpoints name it
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, with_maps):
+        """x (B, T, D) -> (B, T, D); with_maps: also the maps (B, A, T, T) and the mean head features (B, A, D/A)."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)      # each (B, A, T, 64)
+        if with_maps:
+            maps = (q * HEAD_WIDTH ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)               # (B, A, T, T)
+            x = maps @ v
+        else:
+            maps, x = None, F.scaled_dot_product_attention(q, k, v)                             # (B, A, T, 64)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D)), maps, x.mean(dim=2)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x, with_maps=False):
+        y, maps, features = self.attn(self.norm1(x), with_maps)
+        x = x + y
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), maps, features
+
+
+class ViT(nn.Module):
+    """A DeiT of any size. grid is (h, w) of the position embeddings, not of the images: those may have any size."""
+
+    def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), num_classes=0):
+        super().__init__()
+        self.patch, self.width, self.grid = patch, width, grid
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_classes) if num_classes else None
+
+    def position(self, h, w):
+        """Position embeddings of an h x w patch grid, (1, h*w, D): bicubic from the checkpoint's grid."""
+        pos = self.pos_embed[:, 1:]
+        if (h, w) != self.grid:
+            pos = pos.transpose(1, 2).reshape(1, self.width, *self.grid)
+            # size=, not scale_factor=: a rounded scale samples at shifted places
+            pos = F.interpolate(pos, size=(h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        return pos
+
+    def forward(self, image, class_tokens=None, with_maps=False):
+        """image (B, 3, H, W) ImageNet-normalised; class_tokens (1, K, D) take the place of the one [CLS] token.
+
+        An image whose sides are no multiples of the patch is padded below and at the right with the mean colour (0).
+        Returns tokens (B, K + h*w, D) after the last norm, class tokens first, and the grid (h, w);
+        with_maps also returns maps (B, L*A, T, T) and head features (B, L*A, 64)."""
+        B, _, H, W = image.shape
+        image = F.pad(image, (0, -W % self.patch, 0, -H % self.patch))
+        x = self.patch_embed["proj"](image)                                                     # (B, D, h, w)
+        h, w = x.shape[2:]
+        if class_tokens is None:
+            class_tokens = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([class_tokens.expand(B, -1, -1), x.flatten(2).transpose(1, 2) + self.position(h, w)], dim=1)
+        all_maps, all_features = [], []
+        for block in self.blocks:
+            x, maps, features = block(x, with_maps)                                             # (B, T, D)
+            all_maps.append(maps)
+            all_features.append(features)
+        x = self.norm(x)
+        if with_maps:
+            return x, (h, w), torch.cat(all_maps, dim=1), torch.cat(all_features, dim=1)
+        return x, (h, w)
+
+    def classify(self, image):
+        """Logits of the checkpoint's own classes, (B, num_classes)."""
+        return self.head(self(image)[0][:, 0])
+
+
+def load_vit(path):
+    """Read a DeiT checkpoint ({"model": state dict} or a bare state dict, timm's names) into a ViT, in float32.
+
+    patch, width, depth and grid come from the shapes; every key is used. Raises InputError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a DeiT checkpoint such as deit_small_patch16_224-cd65a155.pth; "
+                         "pass its path with --vit") from None
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected a DeiT "
+                         "checkpoint; download it again") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - set(state)
+    if missing:
+        raise InputError(f"{path}: not a DeiT checkpoint (no {sorted(missing)[0]}); expected timm's key names; "
+                         "pass a DeiT file (not a distilled one) with --vit")
+    state = {key: value.float() for key, value in state.items()}
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)  # DeiT's grids are square
+    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    vit = ViT(patch, width, layers, (side, side), state["head.weight"].shape[0] if "head.weight" in state else 0)
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a plain DeiT ({str(error).splitlines()[1].strip()}); expected exactly the keys of "
+                         "a DeiT without distillation; pass such a file with --vit") from None
+    return vit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The generator: class tokens, convolutional head, adaptive attention fusion (WeakTr)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class AttentionFusion(nn.Module):
+    """One weight in (0, 1) per attention head and image, from what that head writes.   [eq. W2]"""
+
+    def __init__(self, num_maps, reduction=4):
+        super().__init__()
+        self.pool = nn.Sequential(nn.Linear(HEAD_WIDTH, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.excite = nn.Sequential(nn.Linear(num_maps, max(1, num_maps // reduction)), nn.ReLU(),
+                                    nn.Linear(max(1, num_maps // reduction), num_maps), nn.Sigmoid())
+
+    def forward(self, maps, features):
+        """maps (B, L*A, T, T), features (B, L*A, 64) -> fused attention (B, T, T)."""
+        w = self.excite(self.pool(features).squeeze(-1))                                        # (B, L*A)
+        return (w[:, None] @ maps.flatten(2)).view(len(maps), *maps.shape[2:]) / maps.shape[1]  # (B, T, T)
+
+
+class MaskGenerator(nn.Module):
+    """S: X (B, 3, H, W) -> CAMs (B, K, h, w), with the three image-level predictions that train it."""
+
+    def __init__(self, vit, num_classes):
+        super().__init__()
+        self.trunk, self.num_classes = vit, num_classes
+        vit.head = None  # its ImageNet classes are not ours
+        self.class_tokens = nn.Parameter((vit.cls_token + vit.pos_embed[:, :1]).detach().repeat(1, num_classes, 1))
+        vit.cls_token.requires_grad_(False)  # replaced by the class tokens
+        self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
+        self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH)
+
+    def mask_parameters(self):
+        """What (a) and (c) train: the head and the fusion. The trunk and the class tokens stay."""
+        return [*self.head.parameters(), *self.fusion.parameters()]
+
+    def forward(self, image, frozen_trunk=False):
+        """image (B, 3, H, W) ImageNet-normalised.
+        Returns cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled coarse, pooled fine.
+        frozen_trunk: no gradient reaches the trunk and the class tokens, and none is computed."""
+        K = self.num_classes
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
+            tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, with_maps=True)
+        coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
+        fused = self.fusion(maps, features)                                     # [eq. W2]      # (B, T, T)
+        c2p = fused[:, :K, K:] * (h * w)                                        # [detail 1]    # (B, K, h*w)
+        p2p = fused[:, K:, K:]
+        p2p = p2p / p2p.sum(dim=2, keepdim=True)                                                # (B, h*w, h*w)
+        spread = lambda maps: (c2p * maps.flatten(2)) @ p2p.transpose(1, 2)     # [eq. W3]      # noqa: E731
+        cam = spread(coarse.relu()).unflatten(2, (h, w))                                        # (B, K, h, w)
+        logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), spread(coarse).mean(dim=2)])
+        return cam, logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Shows what a DeiT checkpoint holds, and what it sees in a photo.")
+    parser.add_argument("--vit", required=True, metavar="CKPT", help="DeiT checkpoint in its official format")
+    parser.add_argument("--image", metavar="FILE", help="a photo to classify with the checkpoint's own ImageNet head")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    vit = load_vit(args.vit).eval()
+    print(f"{args.vit}: patch {vit.patch}, width {vit.width}, {len(vit.blocks)} layers, grid {vit.grid}, "
+          f"{sum(p.numel() for p in vit.parameters()):,} parameters")
+    if args.image:
+        if vit.head is None:
+            raise InputError(f"{args.vit}: has no classification head; pass a checkpoint that kept it")
+        side = vit.grid[0] * vit.patch
+        view = transforms.Compose([transforms.Resize(side * 8 // 7, transforms.InterpolationMode.BICUBIC),
+                                   transforms.CenterCrop(side), transforms.ToTensor(),
+                                   transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        with torch.no_grad():
+            top = vit.classify(view(read_image(args.image))[None]).softmax(dim=1)[0].topk(5)
+        for probability, index in zip(*top):
+            print(f"class {index:4d}  {probability:.3f}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
