@@ -1,10 +1,36 @@
-"""CLIP (first working version; being refined)."""
+"""CLIP: the frozen judge of SemPLeS. It says how well a region of an image agrees with a sentence (paper, section 3).
+
+    v = E_I(X)         image tower: a ViT over patches, read at its class token      X (3, R, R)        -> v (E,)
+    u = E_T(t)         text tower: a causal transformer, read at [EOT]               t up to 77 tokens  -> u (E,)
+    u = E_T(p)         a learned prompt p = p_1 .. p_P in place of the class name,                         [eq. C1]
+                       in the sentence [SOT] a photo of [p_1 .. p_P] . [EOT]
+    P(t_i | X) = softmax_i( exp(s) cos(v, u_i) )                                     zero-shot classes     [eq. C2]
+
+Both towers share one space of width E; SemPLeS uses the cosine alone, without the scale s and without the softmax.
+The numbers are OpenAI's to about 1e-6, from OpenAI's weights, and nothing here is ever trained but the prompt vectors.
+
+Reads: a CLIP checkpoint: a name (downloaded once to ~/.cache/clip) or a file, as OpenAI ships it or as a state dict;
+bpe_simple_vocab_16e6.txt.gz, the tokenizer's merges; tests/nouns.txt, words to name a prompt with. Writes nothing else.
+
+Where this file departs from OpenAI's code:
+    [detail C1] The prompt's full stop is the word-final token 269, which the tokenizer gives for "a photo of a cat.";
+                the SemPLeS code has 13, the full stop inside a word. So real words as p give exactly encode_text's u.
+    [detail C2] Nothing is computed that cannot reach the result: text after the longest [EOT] of the batch (the mask is
+                causal), and in the last block every token but the one that is read.
+    [detail C3] float32 throughout, where OpenAI's archives hold half precision. Autocast is the caller's choice.
+    [detail C4] preprocess converts to RGB before it resizes, not after: only palette and transparent images differ.
+
+    python clip_model.py --clip ViT-B/32 --image photo.jpg "a photo of a cat" "a photo of a dog"    # zero-shot
+    python clip_model.py --clip runs/toy/clip.pt --image scene.jpg "a photo of boat." "a photo of water."
+"""
 import argparse
 import gzip
 import hashlib
 import html
+import http.client
 import math
 import os
+import pickle
 import sys
 import urllib.error
 import urllib.request
@@ -21,26 +47,35 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from tqdm import tqdm
 
+# Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, L layers, A heads, D ViT width
+# (or text width, in the text tower), E CLIP width, T tokens, P prompt length. Here H = W = R, the resolution.
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], over CLIP's training images
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HEAD_WIDTH = 64                                  # channels of one attention head, the same in every CLIP
+
 HERE = Path(__file__).resolve().parent
 VOCABULARY = HERE / "bpe_simple_vocab_16e6.txt.gz"
 NOUNS = HERE / "tests" / "nouns.txt"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SOT, EOT, FULL_STOP = 49406, 49407, 269
-OPENAI = "https://openaipublic.azureedge.net/clip/models"
-MODELS = {
-    "ViT-B/32": f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    "ViT-B/16": f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "ViT-L/14": f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+
+OPENAI = "https://openaipublic.azureedge.net/clip/models/"
+MODELS = {  # name -> SHA-256 and file name, which is also how the URL ends
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What all six scripts share: the user's mistakes, the device, images
+# ----------------------------------------------------------------------------------------------------------------------
 
 class InputError(Exception):
     """A user's mistake: one line naming what was read, what was expected, what fixes it."""
 
 
 def run(main, args):
-    """Call main(args); an InputError becomes one line on stderr and exit code 2."""
+    """main(args), where an InputError ends as one line on stderr and exit code 2."""
     try:
         main(args)
     except InputError as error:
@@ -49,90 +84,171 @@ def run(main, args):
 
 
 def pick_device(name):
-    """auto | cpu | cuda -> torch.device"""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here: use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    """auto, cpu or cuda -> torch.device; auto takes the GPU where there is one."""
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise InputError("--device cuda: torch sees no CUDA device; pass --device cpu, or install torch built for CUDA")
+    return torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
 
+
+def read_image(path):
+    """A file -> PIL image in RGB, all pixels read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow, broken PNG
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: not a readable image ({reason}); expected a JPEG or PNG file; replace it") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer: byte-pair encoding
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    def __init__(self, path=VOCABULARY):
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        self.letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        letters = list(self.letter.values())
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 49152 - 256 - 2 + 1]]
-        words = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-        words += ["<|startoftext|>", "<|endoftext|>"]
-        self.ids = {word: i for i, word in enumerate(words)}
-        self.rank = {pair: i for i, pair in enumerate(merges)}
-        self.pattern = regex.compile(
-            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-        )
+    r"""Any text -> ids from a vocabulary of 49,408 pieces, by byte-pair encoding (Sennrich et al. 2016).
 
-    @lru_cache(maxsize=65536)  # noqa: B019
-    def merge(self, piece):
-        if piece in ("<|startoftext|>", "<|endoftext|>"):
-            return [self.ids[piece]]
-        symbols = [self.letter[byte] for byte in piece.encode("utf-8")]
-        symbols[-1] += "</w>"
-        while len(symbols) > 1:
-            pairs = list(zip(symbols, symbols[1:], strict=False))
-            best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
-                break
-            merged, i = [], 0
-            while i < len(symbols):
-                width = 2 if tuple(symbols[i : i + 2]) == best else 1
-                merged.append("".join(symbols[i : i + width]))
-                i += width
-            symbols = merged
-        return [self.ids[symbol] for symbol in symbols]
+    How the vocabulary was learned (not here: the file holds the result). Write every word of a large corpus letter by
+    letter, the last letter marked </w>, the end of the word. Join the most frequent pair of neighbours into one symbol,
+    everywhere; look for the most frequent pair again; 48,894 times. The file lists these merges in that order.
+
+    How a word is encoded. Start from its letters and redo the merges in the order they were learned, until no pair of
+    neighbours is in the list. Frequent words end as one piece, new ones as several:
+        s n o w c a t</w>  ->  s n o w c at</w>  ->  s no w c at</w>  ->  s now c at</w>  ->  s now cat</w>  ->  snow cat</w>
+
+    The letters are the 256 bytes of UTF-8, so every script and every emoji can be written and nothing is unknown.
+    The ids: 0-255 a byte inside a word, 256-511 a byte that ends one, 512-49405 the merges, then [SOT] and [EOT].
+    """
+
+    START, END = "<|startoftext|>", "<|endoftext|>"  # written out in a text, they count as the tokens themselves
+
+    def __init__(self, path=VOCABULARY):
+        # The merges are a text file, so a byte needs a visible character to stand for it: itself where it is one in
+        # Latin-1, otherwise the next one from 256 up. This order of the bytes is also the order of their ids.
+        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [byte for byte in range(256) if byte not in visible]
+        self.letter = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+        letters = list(self.letter.values())
+
+        lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines[1:48895]]  # line 0 is a header; the tail was never used
+        pieces = [*letters, *(x + "</w>" for x in letters), *(a + b for a, b in merges), self.START, self.END]
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        self.sot, self.eot = self.ids[self.START], self.ids[self.END]  # 49406, 49407: the highest ids
+
+        self.known = {self.START: [self.sot], self.END: [self.eot]}  # word -> ids, grows as words are met
+        self.words = regex.compile(r"""
+              <\|startoftext\|> | <\|endoftext\|>
+            | 's | 't | 're | 've | 'm | 'll | 'd       # English endings are words of their own
+            | \p{L}+                                    # letters of any script
+            | \p{N}                                     # one digit at a time
+            | [^\s\p{L}\p{N}]+                          # punctuation, symbols, emoji
+            """, regex.VERBOSE | regex.IGNORECASE)
 
     def encode(self, text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text))).lower()
-        return [i for piece in self.pattern.findall(text) for i in self.merge(piece)]
+        """str -> list of ids, without [SOT] and [EOT]."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: web captions are full of &amp;quot;
+        return [i for word in self.words.findall(text.lower()) for i in self.encode_word(word)]
+
+    def encode_word(self, word):
+        if word not in self.known:
+            symbols = [self.letter[byte] for byte in word.encode("utf-8")]
+            symbols[-1] += "</w>"
+            while len(symbols) > 1:
+                first = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))  # noqa: B905
+                if first not in self.rank:
+                    break
+                symbols = self.merge(symbols, first)
+            self.known[word] = [self.ids[symbol] for symbol in symbols]
+        return self.known[word]
+
+    @staticmethod
+    def merge(symbols, pair):
+        """Join every occurrence of the pair, from the left: [x x x], (x, x) -> [xx x]."""
+        merged = []
+        for symbol in symbols:
+            if merged and not joined and (merged[-1], symbol) == pair:
+                merged[-1], joined = merged[-1] + symbol, True
+            else:
+                merged.append(symbol)
+                joined = False
+        return merged
 
 
 @lru_cache(maxsize=1)
 def tokenizer():
+    """The one Tokenizer, read when first needed: importing this file opens nothing."""
     return Tokenizer()
 
 
 def tokenize(texts, context_length=77, truncate=False):
-    """str or list of B strings -> LongTensor (B, T = context_length): [SOT] text [EOT] 0 0 ..."""
-    texts = [texts] if isinstance(texts, str) else texts
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)  # (B, T)
+    """A string or a list of B strings -> ids (B, T = context_length), int64: [SOT] text [EOT] 0 0 0 ...
+
+    A text that does not fit raises, or with truncate=True is cut, its last token then being [EOT].
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)                            # (B, T)
     for row, text in zip(tokens, texts, strict=True):
-        ids = [SOT, *tokenizer().encode(text), EOT]
+        ids = [tokenizer().sot, *tokenizer().encode(text), tokenizer().eot]
+        if len(ids) > context_length and not truncate:
+            raise InputError(f"text of {len(ids)} tokens, but CLIP reads {context_length}; shorten it: {text!r}")
         if len(ids) > context_length:
-            if not truncate:
-                raise InputError(f"text of {len(ids)} tokens, at most {context_length} fit (truncate=True cuts): {text!r}")
-            ids = ids[: context_length - 1] + [EOT]
-        row[: len(ids)] = torch.tensor(ids)
+            ids = [*ids[:context_length - 1], tokenizer().eot]
+        row[:len(ids)] = torch.tensor(ids)
     return tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model. The names of modules and parameters are those of OpenAI's checkpoints.
+# ----------------------------------------------------------------------------------------------------------------------
+
+def linear(x, weight, bias=None):
+    """x (..., in), weight (out, in), bias (out,) -> (..., out): F.linear, on the CPU as a 1x1 convolution.
+
+    torch gives float32 matrix products to MKL and convolutions to oneDNN, and on AMD processors MKL avoids the widest
+    vector instructions: there the convolution takes half the time, forward and backward. Elsewhere they are about equal.
+    """
+    if not x.is_cpu or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)            # (1, in, rows, 1), channels last: no copy
+    y = F.conv2d(column, weight[:, :, None, None], bias)                     # (1, out, rows, 1)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.heads = width // 64
-        self.in_proj_weight = nn.Parameter(width**-0.5 * torch.randn(3 * width, width))
+        self.heads = width // HEAD_WIDTH
+        self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))  # rows: queries, keys, values
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
-    def forward(self, x, causal):
-        B, T, D = x.shape
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.heads, 64).unbind(2)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, A, T, 64)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
+    def forward(self, asking, x, mask):
+        """Tokens asking (B, Q, D) look at the tokens x (B, T, D), where mask (B or 1, 1, Q, T) is True -> (B, Q, D)."""
+        B, Q, D = asking.shape
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        q = linear(asking, weight[:D], bias[:D])                                                  # (B, Q, D)
+        k, v = linear(x, weight[D:], bias[D:]).chunk(2, dim=-1)                                   # (B, T, D) each
+        q, k, v = (z.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2) for z in (q, k, v))  # (B, A, Q or T, 64)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                               # (B, A, Q, 64)
+        return self.out_proj(y.transpose(1, 2).reshape(B, Q, D))
 
 
-class QuickGELU(nn.Module):
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
+
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        # QuickGELU, z sigmoid(1.702 z), through silu(z) = z sigmoid(z): for the backward, silu keeps one tensor, not two
+        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
 
 
 class Block(nn.Module):
@@ -141,49 +257,61 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.mlp = MLP(width)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal)
-        h = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+    def forward(self, x, mask=None, read=None):
+        """x (B, T, D) -> (B, T, D); with read (B,), only the token at that position of each sequence -> (B, 1, D)."""
+        y = self.ln_1(x)
+        if read is None:
+            x = x + self.attn(y, y, mask)
+        else:
+            rows = torch.arange(len(x), device=x.device)
+            mask = None if mask is None else mask[0, 0, read][:, None, None]                      # (B, 1, 1, T)
+            x = x[rows, read][:, None] + self.attn(y[rows, read][:, None], y, mask)               # (B, 1, D)
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     def __init__(self, width, layers):
         super().__init__()
+        assert layers > 0 and width % HEAD_WIDTH == 0, (width, layers)
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x, causal=False):
-        for block in self.resblocks:
-            x = block(x, causal)
-        return x
+    def forward(self, x, read, mask=None):
+        """x (B, T, D), positions read (B,), mask (1, 1, T, T) -> the tokens read, (B, D). [detail C2]"""
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x, mask)
+        return last(x, mask, read)[:, 0]
 
 
-class VisionTower(nn.Module):
+class VisionTransformer(nn.Module):
     def __init__(self, resolution, patch, width, layers, embed_dim):
         super().__init__()
-        self.resolution = resolution
-        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn((resolution // patch) ** 2 + 1, width))
+        self.patch, self.grid = patch, resolution // patch
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)  # used as a matrix over flattened patches
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(self.grid ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
 
     def forward(self, x):
-        assert x.shape[1:] == (3, self.resolution, self.resolution), f"{tuple(x.shape)}, resolution {self.resolution}"
-        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, h*w, D)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj  # (B, E)
+        B, g, p = len(x), self.grid, self.patch
+        x = x.reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)    # (B, h*w, 3*p*p)
+        x = linear(x, self.conv1.weight.flatten(1))                                               # (B, h*w, D)
+        x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)                          # (B, 1 + h*w, D)
+        x = self.ln_pre(x + self.positional_embedding)
+        x = self.transformer(x, read=torch.zeros(B, dtype=torch.long, device=x.device))           # (B, D)
+        return self.ln_post(x) @ self.proj                                                        # (B, E)
 
 
 class CLIP(nn.Module):
-    """Both towers; parameter names are OpenAI's, so state_dict() is the official layout.
+    """Both towers. The defaults are ViT-B/32. Features come out as OpenAI's do, not of unit length.
 
-    encode_image and encode_text return (B, E), not unit length.
+    resolution: side of the input in pixels; embed_dim: E; text_width: width of token_embedding and of prompt vectors;
+    context_length: 77, the most tokens a text may have; max_prompt_length: the most vectors a learned prompt may have.
     """
 
     def __init__(self, resolution=224, patch=32, width=768, layers=12, text_width=512, text_layers=12, embed_dim=512,
@@ -191,169 +319,223 @@ class CLIP(nn.Module):
         super().__init__()
         self.resolution, self.embed_dim = resolution, embed_dim
         self.text_width, self.context_length = text_width, context_length
-        self.max_prompt_length = context_length - 6
-        self.visual = VisionTower(resolution, patch, width, layers, embed_dim)
+        self.max_prompt_length = context_length - 6  # [SOT] a photo of ... . [EOT]
+        self.visual = VisionTransformer(resolution, patch, width, layers, embed_dim)
         self.token_embedding = nn.Embedding(vocabulary, text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, text_width))
         self.transformer = Transformer(text_width, text_layers)
         self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = nn.Parameter(text_width**-0.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.text_projection = nn.Parameter(text_width ** -0.5 * torch.randn(text_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # s of [eq. C2]
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, x):
-        """(B, 3, R, R), CLIP-normalised -> (B, E)"""
+        """Images (B, 3, R, R), normalised with CLIP_MEAN and CLIP_STD -> features v (B, E)."""
+        assert x.shape[1:] == (3, self.resolution, self.resolution), (tuple(x.shape), self.resolution)
         return self.visual(x)
 
     def encode_text(self, tokens):
-        """(B, T) ids of tokenize -> (B, E)"""
-        eot = tokens.argmax(dim=1)
-        return self.text_tower(self.token_embedding(tokens[:, : eot.max() + 1]), eot)
+        """Ids (B, T) as tokenize gives them -> features u (B, E)."""
+        assert tokens.shape[1] <= self.context_length, (tuple(tokens.shape), self.context_length)
+        eot = tokens.argmax(dim=1)  # [EOT] is the highest id, and argmax takes the first one
+        return self.read_text(self.token_embedding(tokens[:, :int(eot.max()) + 1]), eot)
 
     def encode_prompts(self, vectors):
-        """(K, P, text width) -> (K, E): features of [SOT] a photo of [p_1 .. p_P] . [EOT]"""
-        K, P, _ = vectors.shape
+        """Learned prompts p (K, P, text width), 1 <= P <= max_prompt_length -> features u (K, E), in one pass. [eq. C1]
+
+        The sentence is [SOT] a photo of [p_1 .. p_P] . [EOT]; what follows [EOT] cannot be seen from it. [detail C1]
+        """
+        K, P, D = vectors.shape
+        assert D == self.text_width, (D, self.text_width)
         if not 1 <= P <= self.max_prompt_length:
-            raise InputError(f"prompts of {P} vectors: between 1 and {self.max_prompt_length} fit into CLIP's "
-                             f"{self.context_length} tokens beside [SOT] a photo of ... . [EOT]")
-        ids = torch.tensor([SOT, *tokenizer().encode("a photo of"), FULL_STOP, EOT], device=vectors.device)
-        fixed = self.token_embedding(ids).expand(K, -1, -1)
-        x = torch.cat([fixed[:, :4], vectors, fixed[:, 4:]], dim=1)
-        return self.text_tower(x, torch.full((K,), P + 5, device=x.device))
+            raise InputError(f"a prompt of {P} vectors does not fit: CLIP reads {self.context_length} tokens, of which "
+                             f"[SOT] a photo of ... . [EOT] take 6; expected 1 to {self.max_prompt_length} vectors")
+        ids = [tokenizer().sot, *tokenizer().encode("a photo of ."), tokenizer().eot]
+        words = self.token_embedding(torch.tensor(ids, device=vectors.device)).expand(K, -1, -1)  # (K, 6, D)
+        x = torch.cat([words[:, :4], vectors, words[:, 4:]], dim=1)                               # (K, P + 6, D)
+        return self.read_text(x, torch.full((K,), P + 5, device=x.device))
 
-    def text_tower(self, x, eot):
-        x = self.transformer(x + self.positional_embedding[: x.shape[1]], causal=True)
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), eot])
-        return x @ self.text_projection
+    def read_text(self, x, eot):
+        """Embedded tokens (B, T, D) and the positions of [EOT] (B,) -> features (B, E)."""
+        T = x.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[None, None]           # (1, 1, T, T)
+        x = self.transformer(x + self.positional_embedding[:T], read=eot, mask=causal)            # (B, D)
+        return self.ln_final(x) @ self.text_projection                                            # (B, E)
 
 
-def digest_of(path, algorithm="sha256"):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+# ----------------------------------------------------------------------------------------------------------------------
 
 def download(url, path, sha256=None, md5=None):
-    """Fetch url to path unless it is there; resumes PATH.part, verifies the digest, then renames. Returns path."""
-    path = Path(path)
-    algorithm, expected = ("sha256", sha256) if sha256 else ("md5", md5)
-    if path.exists():
-        if expected and not digest_of(path, algorithm).startswith(expected):
-            raise InputError(f"{path}: {algorithm} is not {expected[:12]}...: delete the file and run again")
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Fetch url into the file path, unless it is there already, and check its digest (or how it begins). Returns path.
+
+    The bytes go to PATH.part, where a later call goes on after a broken transfer; only a file with the right digest is
+    renamed to path, so whoever finds path finds it whole.
+    """
+    path, algorithm, digest = Path(path), "sha256" if sha256 else "md5", sha256 or md5
     part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+
+    def check(file):
+        found = hashlib.new(algorithm)
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+        if digest and not found.hexdigest().startswith(digest):
+            if file == part:  # going on from here could never succeed
+                part.unlink()
+            raise InputError(f"{file}: {algorithm} {found.hexdigest()}, expected {digest}; "
+                             + (f"removed; check that {url} is still the right file, and run again" if file == part else
+                                "delete the file and run again"))
+
+    if path.exists():
+        check(path)
+        return path
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            have = have if response.status == 206 else 0
-            total = have + int(response.headers["Content-Length"])
-            with open(part, "ab" if have else "wb") as file, \
-                    tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while block := response.read(1 << 20):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if response.status != 206:  # 206 Partial Content; anything else sends the file from its beginning
+                have = 0
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(1 << 18):
                     bar.update(file.write(block))
-    except OSError as error:
-        raise InputError(f"cannot download {url} ({error}): fetch it by hand and put it at {path}") from error
-    if part.stat().st_size != total:
-        raise InputError(f"{url} broke off at {part.stat().st_size} of {total} bytes: run again to resume")
-    if expected and not digest_of(part, algorithm).startswith(expected):
-        part.unlink()
-        raise InputError(f"{url}: {algorithm} is not {expected[:12]}...: deleted; run again")
+        if total and part.stat().st_size < total:
+            raise ConnectionError(f"broke off after {part.stat().st_size} of {total} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        complete = getattr(error, "code", None) == 416 and part.exists()  # nothing beyond what PATH.part holds
+        if not complete:
+            raise InputError(f"cannot download {url} ({error}); run again to go on where it stopped, or fetch it by "
+                             f"other means and save it as {path}") from None
+    check(part)
     os.replace(part, path)
     return path
 
 
 def read_state_dict(path):
+    """A checkpoint file -> {name: tensor}, from OpenAI's TorchScript archives or from torch.save(state_dict)."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a CLIP checkpoint, or one of {', '.join(MODELS)}")
+    if not zipfile.is_zipfile(path):  # both kinds are zip files, whose table of contents is at their very end
+        raise InputError(f"{path}: not a PyTorch checkpoint, or cut off ({os.path.getsize(path)} bytes); fetch it again")
     try:
         with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        scripted = False
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else torch.load(
-            path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read as a CLIP checkpoint ({str(error).splitlines()[0]})") from error
-    return state
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise InputError(f"{path}: cannot be read ({reason}); expected a CLIP checkpoint; fetch it again") from None
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise InputError(f"{path}: holds no plain state dict; save it with torch.save(clip.state_dict(), ...)")
+    return dict(state)
 
 
 def load_clip(name_or_path, device="cpu", cache="~/.cache/clip"):
-    """A name in MODELS or a checkpoint file -> CLIP in eval mode, float32, frozen."""
-    path = name_or_path
+    """A name of MODELS (fetched into the folder cache) or a checkpoint file -> CLIP, float32, in eval mode, frozen.
+
+    Every size is read off the shapes; every entry of the file must be used, once, and have the shape it should have.
+    """
+    path = Path(name_or_path)
     if name_or_path in MODELS:
-        url = MODELS[name_or_path]
-        path = download(url, Path(cache).expanduser() / url.split("/")[-1], sha256=url.split("/")[-2])
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such CLIP checkpoint: give a file or one of {', '.join(MODELS)}")
-    state = dict(read_state_dict(path))
-    for extra in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(extra, None)
-    if "visual.proj" not in state:
-        raise InputError(f"{path}: not a ViT CLIP in OpenAI's layout")
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    context_length, text_width = state["positional_embedding"].shape
-    layers = {tower: len({k for k in state if k.startswith(tower) and k.endswith("ln_1.weight")})
-              for tower in ("visual.", "transformer.")}
-    with torch.device("meta"):
-        clip = CLIP(round((len(state["visual.positional_embedding"]) - 1) ** 0.5) * patch, patch, width,
-                    layers["visual."], text_width, layers["transformer."], state["visual.proj"].shape[1],
-                    context_length, len(state["token_embedding.weight"]))
+        sha256, file = MODELS[name_or_path].split("/")
+        path = download(OPENAI + MODELS[name_or_path], Path(cache).expanduser() / file, sha256=sha256)
+    state = read_state_dict(path)
+    expected = f"expected OpenAI's CLIP with a ViT, for example {', '.join(MODELS)}"
+    if any(key.startswith("visual.layer1.") for key in state):
+        raise InputError(f"{path}: a CLIP with a ResNet; {expected}")
+    shape = {key: tuple(value.shape) for key, value in state.items()}
     try:
-        clip.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"{path}: {str(error).splitlines()[1].strip()}") from error
-    return clip.eval().requires_grad_(False).to(device)
+        (width, _, patch, _), (positions, _) = shape["visual.conv1.weight"], shape["visual.positional_embedding"]
+        (vocabulary, _), (context_length, text_width) = shape["token_embedding.weight"], shape["positional_embedding"]
+        _, embed_dim = shape["text_projection"]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a CLIP ({type(error).__name__}: {error}); {expected}") from None
+    layers, text_layers = (sum(key.startswith(tower) and key.endswith(".ln_1.weight") for key in state)
+                           for tower in ("visual.transformer.", "transformer."))
+    if not layers or not text_layers or width % HEAD_WIDTH or text_width % HEAD_WIDTH:
+        raise InputError(f"{path}: towers of {layers} blocks {width} wide and {text_layers} blocks {text_width} wide; "
+                         f"expected at least one block each, of a multiple of {HEAD_WIDTH}; {expected}")
+    resolution = math.isqrt(positions - 1) * patch
+
+    with torch.device("meta"):  # shapes only: no memory, no random numbers, until the weights are assigned
+        clip = CLIP(resolution, patch, width, layers, text_width, text_layers, embed_dim, context_length, vocabulary)
+    for key, size in [("input_resolution", resolution), ("context_length", context_length), ("vocab_size", vocabulary)]:
+        if key in state and int(state.pop(key)) != size:  # OpenAI's archives carry these three beside the weights
+            raise InputError(f"{path}: {key} contradicts the shapes, which say {size}; {expected}")
+    weights = {}
+    for key, parameter in clip.state_dict().items():
+        if key not in state:
+            raise InputError(f"{path}: {key} is missing; {expected}")
+        if shape[key] != tuple(parameter.shape):
+            raise InputError(f"{path}: {key} has shape {shape[key]}, not {tuple(parameter.shape)}; {expected}")
+        weights[key] = state.pop(key).float()
+    if state:
+        raise InputError(f"{path}: no CLIP has {', '.join(list(state)[:3])} ({len(state)} such entries); {expected}")
+    clip.load_state_dict(weights, assign=True)
+    return clip.requires_grad_(False).eval().to(device)
 
 
-def read_image(path):
-    """File -> PIL RGB"""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({error})") from error
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Zero-shot classification, and reading a learned prompt
+# ----------------------------------------------------------------------------------------------------------------------
 
 def preprocess(image, resolution):
-    """PIL image -> (3, R, R) CLIP-normalised"""
-    x = TF.resize(image.convert("RGB"), resolution, TF.InterpolationMode.BICUBIC)
-    return TF.normalize(TF.to_tensor(TF.center_crop(x, resolution)), CLIP_MEAN, CLIP_STD)
+    """A PIL image -> (3, R, R): short side resized to R, bicubic with antialiasing, centre crop, normalised."""
+    image = TF.resize(image.convert("RGB"), resolution, TF.InterpolationMode.BICUBIC)             # [detail C4]
+    return TF.normalize(TF.to_tensor(TF.center_crop(image, resolution)), CLIP_MEAN, CLIP_STD)
 
 
 def read_nouns(path=NOUNS):
-    """The noun list, one a line."""
-    return Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    """About 1,500 common nouns, among them the classes of VOC and COCO and their usual backgrounds."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a list of nouns, one a line; restore the file") from None
 
 
 @torch.no_grad()
 def nearest_words(embeddings, words, clip, top=5, template="a photo of {}."):
-    """(K, E) -> per row the top [(word, cosine)] in CLIP's text space"""
+    """Features (K, E) -> for each the top words [(word, cosine), ...] whose sentence lies nearest in CLIP's space."""
     tokens = tokenize([template.format(word) for word in words], clip.context_length).to(embeddings.device)
-    features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(256)])  # (words, E)
-    cosine = F.normalize(embeddings.float(), dim=1) @ F.normalize(features.float(), dim=1).T
-    values, rows = cosine.topk(min(top, len(words)), dim=1)
-    return [[(words[i], v) for i, v in zip(r, vs, strict=True)]
-            for r, vs in zip(rows.tolist(), values.tolist(), strict=True)]
+    features = torch.cat([clip.encode_text(part) for part in tokens.split(256)])                  # (words, E)
+    cosine = F.normalize(embeddings.float(), dim=1) @ F.normalize(features.float(), dim=1).T      # (K, words)
+    values, places = cosine.topk(min(top, len(words)), dim=1)                                     # (K, top)
+    return [[(words[i], value) for i, value in zip(*row, strict=True)]
+            for row in zip(places.tolist(), values.tolist(), strict=True)]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="zero-shot probabilities of texts for an image")
-    parser.add_argument("texts", nargs="+")
-    parser.add_argument("--clip", default="ViT-B/32")
-    parser.add_argument("--image", required=True)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description="Which of these texts does CLIP see in an image? Zero-shot probabilities.")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="one sentence per class, such as \"a photo of a cat\"; "
+                        "the probabilities are among these texts only, so give at least two")
+    parser.add_argument("--image", required=True, metavar="FILE", help="JPEG or PNG")
+    group = parser.add_argument_group("model")
+    group.add_argument("--clip", default="ViT-B/32", metavar="CKPT", help="a checkpoint file, or a name to download once "
+                       f"({', '.join(MODELS)}; larger is slower and usually better) (default: %(default)s)")
+    group.add_argument("--cache", default="~/.cache/clip", metavar="DIR", help="where downloads go (default: %(default)s)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="as in the other scripts; here nothing is random")
     return parser.parse_args(argv)
 
 
 @torch.no_grad()
 def main(args):
     device = pick_device(args.device)
-    clip = load_clip(args.clip, device)
-    image = preprocess(read_image(args.image), clip.resolution)[None].to(device)
-    v = F.normalize(clip.encode_image(image), dim=1)
-    u = F.normalize(clip.encode_text(tokenize(args.texts, clip.context_length).to(device)), dim=1)
-    for text, p in zip(args.texts, (clip.logit_scale.exp() * v @ u.T).softmax(1)[0].tolist(), strict=True):
-        print(f"{100 * p:6.2f} %  {text}")
+    image = read_image(args.image)
+    clip = load_clip(args.clip, device, args.cache)
+    tokens = tokenize(args.texts, clip.context_length).to(device)                                 # (K, T)
+    v = F.normalize(clip.encode_image(preprocess(image, clip.resolution)[None].to(device)), dim=1)  # (1, E)
+    u = F.normalize(clip.encode_text(tokens), dim=1)                                              # (K, E)
+    probability = (clip.logit_scale.exp() * v @ u.T).softmax(dim=1)[0]                            # (K,)  [eq. C2]
+    for text, p in zip(args.texts, probability.tolist(), strict=True):
+        print(f"{p:7.2%}  {text}")
 
 
 if __name__ == "__main__":
