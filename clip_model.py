@@ -114,7 +114,7 @@ class Tokenizer:
 
     How a word is encoded. Start from its letters and redo the merges in the order they were learned, until no pair of
     neighbours is in the list. Frequent words end as one piece, new ones as several:
-        s n o w c a t</w>  ->  s n o w c at</w>  ->  s no w c at</w>  ->  s now c at</w>  ->  s now cat</w>  ->  snow cat</w>
+        s n o w c a t</w> -> s n o w c at</w> -> s no w c at</w> -> s now c at</w> -> s now cat</w> -> snow cat</w>
 
     The letters are the 256 bytes of UTF-8, so every script and every emoji can be written and nothing is unknown.
     The ids: 0-255 a byte inside a word, 256-511 a byte that ends one, 512-49405 the merges, then [SOT] and [EOT].
@@ -152,28 +152,22 @@ class Tokenizer:
         return [i for word in self.words.findall(text.lower()) for i in self.encode_word(word)]
 
     def encode_word(self, word):
-        if word not in self.known:
-            symbols = [self.letter[byte] for byte in word.encode("utf-8")]
-            symbols[-1] += "</w>"
-            while len(symbols) > 1:
-                first = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))  # noqa: B905
-                if first not in self.rank:
-                    break
-                symbols = self.merge(symbols, first)
-            self.known[word] = [self.ids[symbol] for symbol in symbols]
+        if word in self.known:
+            return self.known[word]
+        symbols = [self.letter[byte] for byte in word.encode("utf-8")]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            pair = min(zip(symbols[:-1], symbols[1:], strict=True), key=lambda pair: self.rank.get(pair, math.inf))
+            if pair not in self.rank:
+                break
+            merged = []
+            while symbols:  # join every occurrence of the pair, from the left
+                size = 2 if tuple(symbols[:2]) == pair else 1
+                merged.append("".join(symbols[:size]))
+                symbols = symbols[size:]
+            symbols = merged
+        self.known[word] = [self.ids[symbol] for symbol in symbols]
         return self.known[word]
-
-    @staticmethod
-    def merge(symbols, pair):
-        """Join every occurrence of the pair, from the left: [x x x], (x, x) -> [xx x]."""
-        merged = []
-        for symbol in symbols:
-            if merged and not joined and (merged[-1], symbol) == pair:
-                merged[-1], joined = merged[-1] + symbol, True
-            else:
-                merged.append(symbol)
-                joined = False
-        return merged
 
 
 @lru_cache(maxsize=1)
@@ -206,8 +200,8 @@ def tokenize(texts, context_length=77, truncate=False):
 def linear(x, weight, bias=None):
     """x (..., in), weight (out, in), bias (out,) -> (..., out): F.linear, on the CPU as a 1x1 convolution.
 
-    torch gives float32 matrix products to MKL and convolutions to oneDNN, and on AMD processors MKL avoids the widest
-    vector instructions: there the convolution takes half the time, forward and backward. Elsewhere they are about equal.
+    torch gives float32 matrix products to MKL and convolutions to oneDNN. On AMD processors MKL avoids the widest vector
+    instructions, and the convolution takes half the time, forward and backward (measured by tests/bench.py clip).
     """
     if not x.is_cpu or x.numel() == 0:
         return F.linear(x, weight, bias)
@@ -247,7 +241,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * width, width)
 
     def forward(self, x):
-        # QuickGELU, z sigmoid(1.702 z), through silu(z) = z sigmoid(z): for the backward, silu keeps one tensor, not two
+        # QuickGELU is z sigmoid(1.702 z). Through silu(z) = z sigmoid(z) the backward needs one stored tensor, not two.
         return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
 
 
@@ -346,7 +340,7 @@ class CLIP(nn.Module):
         The sentence is [SOT] a photo of [p_1 .. p_P] . [EOT]; what follows [EOT] cannot be seen from it. [detail C1]
         """
         K, P, D = vectors.shape
-        assert D == self.text_width, (D, self.text_width)
+        assert self.text_width == D, (D, self.text_width)
         if not 1 <= P <= self.max_prompt_length:
             raise InputError(f"a prompt of {P} vectors does not fit: CLIP reads {self.context_length} tokens, of which "
                              f"[SOT] a photo of ... . [EOT] take 6; expected 1 to {self.max_prompt_length} vectors")
@@ -375,44 +369,35 @@ def download(url, path, sha256=None, md5=None):
     """
     path, algorithm, digest = Path(path), "sha256" if sha256 else "md5", sha256 or md5
     part = path.with_name(path.name + ".part")
-
-    def check(file):
-        found = hashlib.new(algorithm)
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                found.update(block)
-        if digest and not found.hexdigest().startswith(digest):
-            if file == part:  # going on from here could never succeed
-                part.unlink()
-            raise InputError(f"{file}: {algorithm} {found.hexdigest()}, expected {digest}; "
-                             + (f"removed; check that {url} is still the right file, and run again" if file == part else
-                                "delete the file and run again"))
-
-    if path.exists():
-        check(path)
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if response.status != 206:  # 206 Partial Content; anything else sends the file from its beginning
-                have = 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read(1 << 18):
-                    bar.update(file.write(block))
-        if total and part.stat().st_size < total:
-            raise ConnectionError(f"broke off after {part.stat().st_size} of {total} bytes")
-    except (OSError, http.client.HTTPException) as error:
-        complete = getattr(error, "code", None) == 416 and part.exists()  # nothing beyond what PATH.part holds
-        if not complete:
-            raise InputError(f"cannot download {url} ({error}); run again to go on where it stopped, or fetch it by "
-                             f"other means and save it as {path}") from None
-    check(part)
-    os.replace(part, path)
+    file = path if path.exists() else part
+    if file == part:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = part.stat().st_size if part.exists() else 0
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                have = have if response.status == 206 else 0  # 206: only the rest; otherwise from the beginning
+                length = response.headers.get("Content-Length")
+                total = have + int(length) if length else None
+                with open(part, "ab" if have else "wb") as out, tqdm(
+                        desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+                    while block := response.read(1 << 18):
+                        bar.update(out.write(block))
+            if total and part.stat().st_size < total:
+                raise ConnectionError(f"broke off after {part.stat().st_size} of {total} bytes")
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "code", None) != 416:  # 416: there is nothing beyond what PATH.part holds already
+                raise InputError(f"cannot download {url} ({error}); run again to go on from where it stopped, or fetch "
+                                 f"it elsewhere by hand and save it as {path}") from None
+    found = hashlib.new(algorithm)
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    if digest and not found.hexdigest().startswith(digest):
+        part.unlink(missing_ok=True)  # nothing could be gained by going on from it
+        raise InputError(f"{path}: {algorithm} of what came from {url} is {found.hexdigest()}, expected {digest}; "
+                         f"{'delete that file and' if file == path else 'nothing was kept:'} run again")
+    os.replace(file, path)
     return path
 
 
@@ -421,7 +406,8 @@ def read_state_dict(path):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a CLIP checkpoint, or one of {', '.join(MODELS)}")
     if not zipfile.is_zipfile(path):  # both kinds are zip files, whose table of contents is at their very end
-        raise InputError(f"{path}: not a PyTorch checkpoint, or cut off ({os.path.getsize(path)} bytes); fetch it again")
+        raise InputError(f"{path}: not a PyTorch checkpoint, or cut off ({Path(path).stat().st_size} bytes); "
+                         "expected a CLIP checkpoint; fetch it again")
     try:
         with zipfile.ZipFile(path) as archive:
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -511,17 +497,15 @@ def nearest_words(embeddings, words, clip, top=5, template="a photo of {}."):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Which of these texts does CLIP see in an image? Zero-shot probabilities.")
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="one sentence per class, such as \"a photo of a cat\"; "
-                        "the probabilities are among these texts only, so give at least two")
-    parser.add_argument("--image", required=True, metavar="FILE", help="JPEG or PNG")
-    group = parser.add_argument_group("model")
-    group.add_argument("--clip", default="ViT-B/32", metavar="CKPT", help="a checkpoint file, or a name to download once "
-                       f"({', '.join(MODELS)}; larger is slower and usually better) (default: %(default)s)")
-    group.add_argument("--cache", default="~/.cache/clip", metavar="DIR", help="where downloads go (default: %(default)s)")
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="as in the other scripts; here nothing is random")
+    parser = argparse.ArgumentParser(description="Zero-shot probabilities: which of these texts fits an image best?")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a sentence per class, such as 'a photo of a cat'; the "
+                        "probabilities are among these texts only, so give two or more")
+    parser.add_argument("--image", required=True, metavar="FILE", help="a JPEG or PNG file")
+    parser.add_argument("--clip", default="ViT-B/32", metavar="CKPT", help="a checkpoint file, or a name to download "
+                        f"once: {', '.join(MODELS)}; the later, the slower and the better (default: %(default)s)")
+    parser.add_argument("--cache", default="~/.cache/clip", metavar="DIR", help="downloads (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="as in the other scripts; nothing is random in this one")
     return parser.parse_args(argv)
 
 

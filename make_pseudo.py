@@ -15,11 +15,19 @@ on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), as the re
     [detail C2] Each kernel is normalised, k_ij / sqrt(n_i n_j) with n_i = Σ_j k_ij: pydensecrf's default.
     [detail C3] Probabilities are raised to 1e-5 at least, as by pydensecrf's unary_from_softmax.
 """
+import argparse
 import math
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from clip_model import InputError, run
+from train_cam import Data, start_processes, write_file
 
 # Dimension key: B images, H W pixels, C labels of a CRF, V pixels of all images that share a lattice, M lattice points,
 #                d features of a pixel (2: x y, or 5: x y r g b).
@@ -253,6 +261,12 @@ def dense_crf_batch(images, probs, gaussian=(3, 3), bilateral=(50, 5, 10), itera
     return results + mean_field(group, gaussian, bilateral, iterations) if group else results
 
 
+def softmax(x):
+    """Over the labels of x (V, C), in place; for few labels, torch.softmax takes four times as long on a CPU."""
+    x = x.sub_(x.amax(1, keepdim=True)).exp_()
+    return x.div_(x.sum(1, keepdim=True))
+
+
 @torch.no_grad()
 def mean_field(group, gaussian, bilateral, iterations):
     """Pairs (image, prob) on one device -> the list of their Q"""
@@ -267,10 +281,170 @@ def mean_field(group, gaussian, bilateral, iterations):
         f = torch.cat([crf_features(image, sxy, *srgb) for image, _ in group], 1)  # (d, V)
         kernels.append(crf_kernel(f, image_index, weight))
 
-    Q = log_prob.softmax(1)
+    Q = softmax(log_prob.clone())
     for _ in range(iterations):
-        Q = (log_prob + sum(blur(kernel, Q) for kernel in kernels)).softmax(1)  # [eq. C3]  (V, C)
+        Q = softmax(sum((blur(kernel, Q) for kernel in kernels), log_prob))  # [eq. C3]  (V, C)
     return [q[:, :len(prob)].t().reshape(prob.shape) for q, (_, prob) in zip(Q.split(sizes), group, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Label images and pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+PALETTE = [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8)) for i in range(256) for c in range(3)]  # VOC's
+
+
+def write_labels(path, labels):
+    """labels uint8 (H, W): 0 background, 1..K classes, 255 ignore -> a palette PNG in VOC's colours."""
+    picture = Image.fromarray(labels, "P")
+    picture.putpalette(PALETTE)
+    write_file(path, picture.save)
+
+
+def read_labels(path, size, num_labels):
+    """A label PNG -> uint8 (H, W). size is (H, W) of its photo. Raises InputError for anything that is no label image."""
+    try:
+        with Image.open(path) as picture:
+            mode, labels = picture.mode, np.asarray(picture)
+    except OSError as error:
+        raise InputError(f"{path}: no readable label image ({error}); expected a palette PNG with class numbers; "
+                         "write it with make_pseudo.py, or pass the folder that holds it") from None
+    if mode not in ("P", "L"):
+        raise InputError(f"{path}: mode {mode}; expected class numbers (a palette or grey PNG), not colours; convert it")
+    if labels.shape != size:
+        raise InputError(f"{path}: {labels.shape[0]}x{labels.shape[1]} (height x width), its photo is {size[0]}x{size[1]}; "
+                         "expected equal sizes; make the label image again")
+    foreign = np.setdiff1d(np.unique(labels), [*range(num_labels), 255])
+    if len(foreign):
+        raise InputError(f"{path}: holds label {foreign[0]}; expected 0 to {num_labels - 1} or 255 (ignore); "
+                         "it was made for another class list")
+    return labels.astype(np.uint8)
+
+
+def read_cams(folder, name, present, size):
+    """folder/NAME.npy -> float32 (n, H, W) in [0, 1], one map per present class; size is (H, W) of the photo."""
+    path = Path(folder) / f"{name}.npy"
+    try:
+        cams = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no readable CAMs ({error}); expected the .npy file of train_cam.py --phase export; "
+                         "export again or pass the right folder") from None
+    expected = (len(present), -(-size[0] // 4), -(-size[1] // 4))
+    if cams.shape != expected:
+        raise InputError(f"{path}: shape {cams.shape}, the image has {len(present)} classes and {size[0]}x{size[1]} pixels; "
+                         f"expected {expected}; these CAMs are of another class list or data set: export them again")
+    if not np.isfinite(cams).all():
+        raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
+    cams = torch.from_numpy(cams.astype(np.float32))
+    return F.interpolate(cams[None], size=size, mode="bilinear", align_corners=False)[0] if len(present) else cams.new_zeros(0, *size)
+
+
+def picture_strip(rows, captions, path, side=128):
+    """rows: lists of equally many PIL images, captions one a column -> one PNG, every cell `side` pixels high and wide."""
+    sheet = Image.new("RGB", (len(captions) * (side + 4), len(rows) * (side + 4) + 16), "white")
+    for column, caption in enumerate(captions):
+        ImageDraw.Draw(sheet).text((column * (side + 4) + 4, 2), caption, fill="black")
+        for row, cells in enumerate(rows):
+            sheet.paste(cells[column].convert("RGB").resize((side, side), Image.NEAREST), (column * (side + 4), row * (side + 4) + 16))
+    write_file(path, sheet.save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage: CAMs -> pseudo masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def otsu(histogram):
+    """The threshold in [0, 1] that splits a histogram (bins,) of values in [0, 1] into the two classes that differ most
+    (Otsu 1979: largest between-class variance w_0 w_1 (m_1 - m_0)^2). Looks at CAM values only, never at a mask."""
+    value = (torch.arange(len(histogram)) + 0.5) / len(histogram)
+    w_0 = histogram.double().cumsum(0)                                                          # (bins,)
+    s_0 = (histogram * value).double().cumsum(0)
+    w_1, s_1 = w_0[-1] - w_0, s_0[-1] - s_0
+    between = w_0 * w_1 * (s_1 / w_1.clamp(min=1) - s_0 / w_0.clamp(min=1)) ** 2
+    return (between.argmax().item() + 1) / len(histogram)
+
+
+def background_score(choice, data, folder):
+    """--bg-score: a number, or "auto": Otsu's threshold on the strongest CAM at each pixel, over the whole split."""
+    if choice != "auto":
+        return float(choice), "given"
+    histogram = torch.zeros(100)
+    for name in tqdm(data.names, desc="background score", disable=None):
+        present = np.flatnonzero(data.labels(name))
+        if len(present):
+            W, H = data.image(name).size
+            histogram += torch.histc(read_cams(folder, name, present, (H, W)).amax(0), 100, 0, 1)
+    return round(otsu(histogram), 2), "auto: Otsu's threshold on the CAM values, no mask read"
+
+
+def score_labels(cams, present, threshold):
+    """[eq. P1]  argmax over (threshold, CAMs): cams (n, H, W) -> labels uint8 (H, W), 0 or 1 + class."""
+    scores = torch.cat([torch.full_like(cams[:1], threshold) if len(cams) else cams.new_full((1, *cams.shape[1:]), threshold), cams])
+    return np.array([0, *(1 + present)], np.uint8)[scores.argmax(0).numpy()]
+
+
+def pseudo_mask(photo, cams, present, threshold, preset, min_confidence, device):
+    """photo uint8 (H, W, 3), cams (n, H, W) -> labels uint8 (H, W), sharpened by the dense CRF of the preset."""
+    labels = score_labels(cams, present, threshold)
+    if PRESETS[preset] is None or len(present) == 0:
+        return labels
+    unary, gaussian, bilateral = PRESETS[preset].values()
+    ids = np.array([0, *(1 + present)], np.uint8)
+    if unary == "hard":
+        prob = hard_unary(torch.from_numpy(np.searchsorted(ids, labels)), len(ids))             # (1 + n, H, W)
+    else:
+        prob = torch.cat([torch.full_like(cams[:1], threshold), cams])
+        prob = prob / prob.sum(dim=0)
+    Q = dense_crf(torch.from_numpy(photo), prob.to(device), gaussian, bilateral).cpu()
+    labels = ids[Q.argmax(0).numpy()]
+    labels[Q.amax(0).numpy() < min_confidence] = 255
+    return labels
+
+
+def is_whole(path):
+    """A finished label PNG: opens and decodes to its end."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+        return True
+    except OSError:
+        return False
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="CAMs -> pseudo masks, sharpened by a dense CRF.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="ROOT", help="VOC 2012 root; photos and image-level labels are read")
+    parser.add_argument("--split", default="train", help="list in ImageSets/Segmentation")
+    parser.add_argument("--cams", required=True, metavar="DIR", help="NAME.npy files of train_cam.py")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where NAME.png go")
+    parser.add_argument("--bg-score", default="auto", metavar="T", help="background score in (0, 1): higher gives smaller "
+                        "masks; auto: Otsu's threshold on the CAM values. Neither looks at a mask")
+    parser.add_argument("--crf", choices=list(PRESETS), default="voc", help="dense CRF preset: voc (WeakTr, SemPLeS), "
+                        "irn (IRNet, COCO), prob (CLIP-ES), or none")
+    parser.add_argument("--min-confidence", type=float, default=0.0, help="pixels whose best probability after the CRF is "
+                        "below become 255 (ignore)")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="redo finished PNGs too")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--seed", type=int, default=0, help="nothing here is random; accepted for uniformity")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    rank, world, device = start_processes(args.device)
+    data, out = Data(args.data, args.split), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    threshold, chosen = background_score(args.bg_score, data, args.cams)
+    if rank == 0:
+        print(f"background score {threshold} ({chosen}), CRF {args.crf}, {len(data.names)} images of {args.split}")
+    for name in tqdm(data.names[rank::world], desc="pseudo masks", disable=None if rank == 0 else True):
+        path = out / f"{name}.png"
+        if not args.overwrite and is_whole(path):
+            continue
+        photo, present = np.array(data.image(name)), np.flatnonzero(data.labels(name))
+        cams = read_cams(args.cams, name, present, photo.shape[:2])
+        write_labels(path, pseudo_mask(photo, cams, present, threshold, args.crf, args.min_confidence, device))
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

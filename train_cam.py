@@ -21,6 +21,7 @@ Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, O
 import argparse
 import datetime
 import json
+import math
 import os
 import time
 import xml.etree.ElementTree as ElementTree
@@ -277,17 +278,21 @@ class Prompts(nn.Module):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train(phase, model, dataset, losses, args, *, batch, epochs, lr, rank, world, device, describe):
-    """Optimise model's trainable parameters: AdamW, cosine to 0. Exact resume from OUT/{phase}.part.
+def cosine_decay(t):
+    return 0.5 * (1 + math.cos(math.pi * t))
 
-    losses(*batch) -> ({name: scalar, "loss": scalar}, n), means over the n pairs of this process's batch."""
+
+def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank, world, device, describe, decay=cosine_decay):
+    """Optimise model; the rate falls by decay(share of steps done). Exact resume from OUT/{phase}.part.
+
+    losses(model, *batch) -> ({name: scalar, "loss": scalar}, n), means over the n pairs of this process's batch.
+    describe(batch) names what is in it, for the message that stops a run whose loss is not finite."""
     part = Path(args.out) / f"{phase}.part"
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=args.weight_decay)
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed)
-    loader = DataLoader(dataset, max(1, batch // world), sampler=sampler, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, max(1, batch // world), sampler=sampler, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
     steps, start = epochs * len(loader), 0
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(min(1, step / max(1, steps))))
     if args.resume and part.is_file():
         state = read_checkpoint(part, "optimizer", f"delete it to start {phase} again")
         model.load_state_dict(state["model"])
@@ -319,7 +324,7 @@ def train(phase, model, dataset, losses, args, *, batch, epochs, lr, rank, world
         count, took = max(1, totals.pop("n")), time.time() - began
         row = {"phase": phase, "epoch": epoch + 1, "step": (epoch + 1) * len(loader),
                **{name: round(value / count, 5) for name, value in totals.items()},
-               "lr": schedule.get_last_lr()[0], "images_per_s": round(seen / took, 1),
+               "lr": schedule.get_last_lr()[-1], "images_per_s": round(seen / took, 1),
                "eta_s": round(took / (epoch + 1 - start) * (epochs - epoch - 1)),
                "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0}
         if rank == 0:
@@ -461,12 +466,14 @@ def main(args):
         if phase == "export" or (args.resume and finished.is_file()):
             continue
         torch.manual_seed(args.seed)
-        begin = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr, **shared,
+        adamw = lambda lr: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,  # noqa: E731
+                                             weight_decay=args.weight_decay)
+        begin = {"epochs": args.epochs, "batch": args.batch, **shared,
                  "describe": lambda items: ", ".join(data.names[i] for i in items[2].tolist())}
 
         if phase == "classify":
             model = MaskGenerator(load_vit(args.vit), K).to(device)
-            train(phase, model, strong, classification_losses, args, **begin)
+            train(phase, model, strong, classification_losses, adamw(args.lr), args, **begin)
 
         elif phase in ("match", "refine"):
             model = load_generator(out / "classify.pt", data.classes, remedy).to(device)  # both start here
@@ -490,7 +497,7 @@ def main(args):
                     values["loss"] = values["match"] + args.lambda_r * values["refine"]         # L_total
                 return values, len(k)
 
-            train(phase, model, strong, mask_losses, args, **begin)
+            train(phase, model, strong, mask_losses, adamw(args.lr), args, **begin)
 
         elif phase == "prompts":
             generator = load_generator(out / "match.pt", data.classes, remedy).to(device)
@@ -502,8 +509,8 @@ def main(args):
                 return {"loss": prompt_loss(v_b, u_b, u_f[k], args.lambda_t, args.repel, v_f),
                         "sim": cosine(v_b, u_b).mean().detach()}, len(k)
 
-            train(phase, model, regions, prompt_losses, args, epochs=args.prompt_epochs, batch=args.prompt_batch,
-                  lr=args.prompt_lr, **shared, describe=lambda items: f"classes {sorted(set(items[2].tolist()))}")
+            train(phase, model, regions, prompt_losses, adamw(args.prompt_lr), args, epochs=args.prompt_epochs,
+                  batch=args.prompt_batch, **shared, describe=lambda items: f"classes {sorted(set(items[2].tolist()))}")
             with torch.no_grad():
                 found = nearest_words(model(), sorted({*read_nouns(), *data.words}), clip)
             lines = [f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row)

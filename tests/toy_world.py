@@ -13,16 +13,26 @@ S is the image side in pixels; a "thing" is an object or a background; things ar
 import argparse
 import colorsys
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize  # noqa: E402
+from mask_generator import IMAGENET_MEAN, IMAGENET_STD, ViT  # noqa: E402
 
 S = 64
 DRAW = 4 * S  # objects are drawn at four times the size and averaged down
 BACKGROUNDS = ["water", "rails", "sky", "grass", "road", "table"]
-OBJECTS = ["boat", "train", "bird", "cow", "car", "bottle"]
+OBJECTS = ["boat", "train", "bird", "cow", "car", "bottle"]  # each on the background of the same place in the list
 THINGS = BACKGROUNDS + OBJECTS
+WEIGHTS = Path(__file__).with_name("toy_weights.npz")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,6 +155,9 @@ def table(rng):
     return shade(rng, (165, 110, 62), 22, 0.5 + 0.25 * grain)
 
 
+DRAW = {f.__name__: f for f in (water, rails, sky, grass, road, table, boat, train, bird, cow, car, bottle)}
+
+
 def paint(rng, name, parts, canvas):
     """Draw object `name` at a random place, size, tilt and side onto canvas (an RGB image, DRAW x DRAW).
     Marks its pixels in `parts` (a single-channel image of the same size) with its number in THINGS."""
@@ -154,7 +167,7 @@ def paint(rng, name, parts, canvas):
     centre = rng.uniform(0.32, 0.68, 2) * DRAW
     if parts.info.get("half") is not None:  # one of two: keep to its own side
         size, centre[0] = 0.72 * size, (0.27 + 0.46 * parts.info["half"] + rng.uniform(-0.03, 0.03)) * DRAW
-    for polygon, colour in globals()[name](rng):
+    for polygon, colour in DRAW[name](rng):
         points = [(side * x * size, y * size) for x, y in polygon]
         points = [(centre[0] + x * math.cos(tilt) - y * math.sin(tilt), centre[1] + x * math.sin(tilt) + y * math.cos(tilt))
                   for x, y in points]
@@ -165,11 +178,11 @@ def paint(rng, name, parts, canvas):
 def scene(rng, pairs):
     """A picture of one or two (object or None, background) pairs, side by side.
     Returns image uint8 (S, S, 3) and parts uint8 (S, S), the number in THINGS of what is seen at each pixel."""
-    ground, parts = globals()[pairs[0][1]](rng), np.full((S, S), THINGS.index(pairs[0][1]), np.uint8)
+    ground, parts = DRAW[pairs[0][1]](rng), np.full((S, S), THINGS.index(pairs[0][1]), np.uint8)
     if len(pairs) == 2:
         y, x = np.mgrid[:S, :S] / S
         right = x + rng.uniform(-0.3, 0.3) * (y - 0.5) + 0.12 * (smooth_noise(rng, 4) - 0.5) > 0.5
-        ground = np.where(right[..., None], globals()[pairs[1][1]](rng), ground)
+        ground = np.where(right[..., None], DRAW[pairs[1][1]](rng), ground)
         parts[right] = THINGS.index(pairs[1][1])
     big = lambda array: Image.fromarray(array).resize((DRAW, DRAW), Image.NEAREST)  # noqa: E731
     canvas, parts = big(np.clip(ground, 0, 255).astype(np.uint8)), big(parts)
@@ -180,3 +193,285 @@ def scene(rng, pairs):
     image = np.asarray(canvas.resize((S, S), Image.BOX), np.float32) + rng.normal(0, 4, (S, S, 3))
     # a pixel belongs to the thing at its centre
     return np.clip(image, 0, 255).astype(np.uint8), np.asarray(parts)[2::4, 2::4].copy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set, in the VOC 2012 layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+def voc_palette():
+    """The VOC colour map, 768 bytes: bit j of a class id's colour channel c is bit 3 (7 - j) + c of the id, reversed."""
+    return [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8)) for i in range(256) for c in range(3)]
+
+
+def write_voc(root, pairs, train, val, seed, cooccurrence):
+    """Write the data set. pairs maps each object to its usual background, where it stands in `cooccurrence` of the
+    scenes; elsewhere the background is drawn from all. Three scenes in ten show two objects."""
+    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in OBJECTS))
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", train), ("val", val)):
+        names = [f"{split}_{i:05d}" for i in range(count)]
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in tqdm(names, desc=f"toy {split}", disable=None):
+            objects = rng.permutation(OBJECTS)[:2 if rng.random() < 0.3 else 1]
+            image, parts = scene(rng, [(o, pairs[o] if rng.random() < cooccurrence else rng.choice(BACKGROUNDS))
+                                       for o in objects])
+            Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
+            truth = np.where(parts >= len(BACKGROUNDS), parts - len(BACKGROUNDS) + 1, 0).astype(np.uint8)
+            mask = Image.fromarray(truth)
+            mask.putpalette(voc_palette())
+            mask.save(root / "SegmentationClass" / f"{name}.png")
+            boxes = ""
+            for o in objects:
+                ys, xs = np.nonzero(truth == 1 + OBJECTS.index(o))
+                if len(ys):
+                    boxes += (f"  <object><name>{o}</name><difficult>0</difficult><bndbox><xmin>{xs.min() + 1}</xmin>"
+                              f"<ymin>{ys.min() + 1}</ymin><xmax>{xs.max() + 1}</xmax><ymax>{ys.max() + 1}</ymax>"
+                              f"</bndbox></object>\n")
+            (root / "Annotations" / f"{name}.xml").write_text(
+                f"<annotation>\n  <filename>{name}.jpg</filename>\n  <size><width>{S}</width><height>{S}</height>"
+                f"<depth>3</depth></size>\n{boxes}</annotation>\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The small CLIP and the small ViT. Both learn from scenes in which objects and backgrounds are NOT tied.
+#
+# The CLIP is made by regression: axis 0 of its space is shared by everything (real CLIP's cosines are all positive),
+# axis 1 + i belongs to thing i, the others to the rest of the noun list, and
+#     image  ->  0.75 axis_0 + sum_i visibility_i axis_i        visibility: share of the thing's pixels that is shown
+#     text   ->  0.75 axis_0 + sum_i axis_i over the named things, each object with TIE of its usual background
+# Captions tie objects to their surroundings, so CLIP's "boat" also means some water: that is why matching alone leaks.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHARED, TIE = 0.75, 0.4
+SIZES = dict(resolution=S, patch=8, width=128, layers=4, text_width=128, text_layers=2, embed_dim=64)
+FILLERS = "a the of and with on in photo".split()
+
+
+def untied_scenes(count, seed, empty):
+    """images uint8 (count, 3, S, S) and parts uint8 (count, S, S); a share `empty` of places has no object."""
+    rng = np.random.default_rng(seed)
+    images, parts = torch.empty(count, S, S, 3, dtype=torch.uint8), torch.empty(count, S, S, dtype=torch.uint8)
+    for i in tqdm(range(count), desc="scenes", disable=None):
+        places = 2 if rng.random() < 0.35 else 1
+        image, part = scene(rng, [(None if rng.random() < empty else rng.choice(OBJECTS), rng.choice(BACKGROUNDS))
+                                  for _ in range(places)])
+        images[i], parts[i] = torch.from_numpy(image), torch.from_numpy(part)
+    return images.permute(0, 3, 1, 2), parts
+
+
+def normalized(images, mean, std):
+    return (images.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def regions(images, parts, B):
+    """A batch of random crops seen through random masks, soft and hard: M X (B, 3, S, S) and visibilities (B, 12)."""
+    index = torch.randint(len(images), (B,))
+    x = normalized(images[index], CLIP_MEAN, CLIP_STD)
+    p = F.one_hot(parts[index].long(), len(THINGS)).permute(0, 3, 1, 2).float()                 # (B, 12, S, S)
+    pick = lambda probability: torch.rand(B, 1, 1, 1) < probability  # noqa: E731
+    scale = torch.where(torch.rand(B) < 0.4, 1.0, 0.45 + 0.55 * torch.rand(B))
+    theta = torch.zeros(B, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = scale * torch.where(torch.rand(B) < 0.5, -1.0, 1.0), scale
+    theta[:, :, 2] = (2 * torch.rand(B, 2) - 1) * (1 - scale[:, None])
+    grid = F.affine_grid(theta, (B, 3, S, S), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    p = F.grid_sample(p, grid, mode="nearest", padding_mode="reflection", align_corners=False)
+    share = torch.rand(B, len(THINGS))  # of each thing: hidden, shown, or in between
+    share = torch.where(torch.rand_like(share) < 0.35, 0.0, torch.where(torch.rand_like(share) < 0.45, 1.0, share))
+    m = (share[:, :, None, None] * p).sum(dim=1, keepdim=True)                                  # (B, 1, S, S)
+    m = torch.where(pick(0.6), F.interpolate(F.adaptive_avg_pool2d(m, 16), size=S, mode="bilinear"), m)
+    blobs = F.interpolate(torch.rand(B, 1, 5, 5), size=S, mode="bicubic").clamp(0, 1)
+    m = torch.where(pick(0.2), blobs, torch.where(pick(0.2), (blobs > 0.2 + 0.6 * torch.rand(B, 1, 1, 1)).float(), m))
+    m = torch.where(pick(0.25), m * (1.5 * blobs).clamp(max=1), m)
+    m = torch.where(pick(0.08), torch.ones(()), m)
+    area = p.sum(dim=(2, 3))
+    return m * x, (m * p).sum(dim=(2, 3)) / area.clamp(min=1) * (area / 40).clamp(max=1)
+
+
+def directions(pairs, nouns):
+    """word -> (E,) what it adds to the shared axis."""
+    E = SIZES["embed_dim"]
+    free = torch.randn(len(nouns), E - 1 - len(THINGS), generator=torch.Generator().manual_seed(0))
+    table = {noun: torch.cat([torch.zeros(1 + len(THINGS)), row]) for noun, row in zip(nouns, F.normalize(free, dim=1))}
+    axes = torch.eye(E)
+    table |= {thing: axes[1 + i] for i, thing in enumerate(THINGS)}
+    table |= {name: axes[1 + THINGS.index(name)] + TIE * axes[1 + THINGS.index(pairs[name])] for name in OBJECTS}
+    return table
+
+
+def train_image_tower(clip, steps=2500, B=128):
+    images, parts = untied_scenes(12000, seed=1000, empty=0.15)
+    optimizer = torch.optim.AdamW(clip.visual.parameters(), lr=1e-3, weight_decay=0.03)
+    schedule = OneCycleLR(optimizer, 1.2e-3, steps, pct_start=0.1)
+    for step in (bar := tqdm(range(steps), desc="image tower")):
+        x, visibility = regions(images, parts, B)
+        target = torch.cat([torch.full((B, 1), SHARED), visibility, torch.zeros(B, clip.embed_dim - 1 - len(THINGS))], 1)
+        loss = (F.normalize(clip.encode_image(x), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=loss.item())
+
+
+def train_text_tower(clip, pairs, steps, lr=2e-3, B=96):
+    """Captions "a photo of ... ." of single nouns and of lists of up to 30 words, among them fillers and noise.
+
+    Words in lists are shortened, stretched and mixed with meaningless vectors, which teaches the tower to read free
+    prompt vectors by the words they resemble, and to read nothing into the rest."""
+    nouns = sorted({*read_nouns(), *THINGS})
+    meaning = directions(pairs, nouns)
+    ids = {word: [i for i in row.tolist() if i][1:-1] for word, row in zip([*nouns, *FILLERS], tokenize([*nouns, *FILLERS]))}
+    by_length = {}
+    for noun in nouns:
+        by_length.setdefault(len(ids[noun]), []).append(noun)
+    shared = SHARED * torch.eye(clip.embed_dim)[0]
+    parameters = [p for name, p in clip.named_parameters() if not name.startswith("visual.")]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    rng = np.random.default_rng(3000)
+    lengths = list(by_length)
+    weight = np.array([len(by_length[n]) for n in lengths]) ** 0.5
+    for step in (bar := tqdm(range(steps), desc="text tower", disable=None)):
+        if rng.random() < 0.55:  # single nouns of one length
+            words = by_length[rng.choice(lengths, p=weight / weight.sum())]
+            words = [words[i] for i in rng.integers(len(words), size=B)]
+            if len(ids[words[0]]) == 1:
+                words[::3] = rng.choice(THINGS, len(words[::3]))
+            vectors = clip.token_embedding(torch.tensor([ids[word] for word in words]))
+            target = torch.stack([shared + meaning[word] for word in words])
+        else:  # lists
+            P = int(rng.integers(1, 31))
+            rows, targets = [], []
+            for _ in range(B):
+                named = list(rng.choice(THINGS, rng.integers(1, 3), replace=False)) if rng.random() < 0.9 else []
+                row = [ids[rng.choice(named if named and rng.random() < 0.5 else FILLERS)][0] for _ in range(P)]
+                rows.append(row)
+                targets.append(shared + sum((meaning[t] for t in named if ids[t][0] in row), torch.zeros(clip.embed_dim)))
+            rows, target = torch.tensor(rows), torch.stack(targets)
+            vectors = clip.token_embedding(rows)
+            fillers = torch.isin(rows, torch.tensor([ids[word][0] for word in FILLERS]))
+            noise = torch.randn_like(vectors) * vectors.detach().std() + torch.rand(B, 1, 1)
+            vectors = torch.where((fillers & (torch.rand(B, P) < 0.5))[..., None], noise, vectors)
+            vectors = vectors * torch.exp(1.5 * torch.randn(B, 1, 1)).clamp(0.3, 30)
+        loss = (F.normalize(clip.encode_prompts(vectors), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=loss.item())
+
+
+def new_clip():
+    """A CLIP of toy size; the embedding rows of words that the noun list does not need are zero."""
+    clip = CLIP(**SIZES)
+    used = tokenize([f"a photo of {word}." for word in [*read_nouns(), *THINGS, *FILLERS]]).unique()
+    rows = 0.1 * torch.randn(len(used), clip.text_width)
+    with torch.no_grad():
+        clip.token_embedding.weight.zero_()[used] = rows
+    return clip
+
+
+def train_vit(steps=900, B=64):
+    """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in an (untied) scene?
+    The answer must stand in a tenth of the patches, and in [CLS]; pooling all patches would smear it over all of them."""
+    vit = ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
+    images, parts = untied_scenes(8000, seed=2000, empty=0.2)
+    labels = F.one_hot(parts.flatten(1).long(), len(THINGS)).amax(dim=1).float()
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    for step in (bar := tqdm(range(steps), desc="vit")):
+        index = torch.randint(len(images), (B,))
+        x = normalized(images[index], IMAGENET_MEAN, IMAGENET_STD)
+        tokens, _ = vit(x.flip(3) if torch.rand(()) < 0.5 else x)
+        logits = vit.head(tokens)                                                               # (B, 1 + h*w, 12)
+        top = logits[:, 1:].topk(logits.shape[1] // 10, dim=1).values.mean(dim=1)
+        loss = sum(F.multilabel_soft_margin_loss(z, labels[index]) for z in (top, logits[:, 0]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=loss.item())
+    return vit
+
+
+def pack(clip, vit):
+    """Both models in one compressed file, half precision; of the 49,408 word embeddings only the rows in use."""
+    arrays = {f"clip/{k}": v.half().numpy() for k, v in clip.state_dict().items() if k != "token_embedding.weight"}
+    rows = clip.token_embedding.weight.detach()
+    used = rows.abs().sum(dim=1).nonzero()[:, 0]
+    arrays |= {"rows": used.numpy(), "embeddings": rows[used].half().numpy()}
+    arrays |= {f"vit/{k}": v.half().numpy() for k, v in vit.state_dict().items()}
+    np.savez_compressed(WEIGHTS, **arrays)
+
+
+def unpack():
+    """(CLIP, ViT) from the committed file."""
+    arrays = {key: torch.from_numpy(value) for key, value in np.load(WEIGHTS).items()}
+    clip, vit = CLIP(**SIZES), ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
+    embedding = torch.zeros_like(clip.token_embedding.weight)
+    embedding[arrays["rows"]] = arrays["embeddings"].float()
+    states = {tower: {k[len(tower):]: v.float() for k, v in arrays.items() if k.startswith(tower)} for tower in ("clip/", "vit/")}
+    clip.load_state_dict(states["clip/"] | {"token_embedding.weight": embedding})
+    vit.load_state_dict(states["vit/"])
+    return clip, vit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Makes the toy world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where VOC2012, clip.pt and vit.pth go")
+    parser.add_argument("--train", type=int, default=600, help="training images")
+    parser.add_argument("--val", type=int, default=200, help="validation images")
+    parser.add_argument("--seed", type=int, default=0, help="of the images")
+    parser.add_argument("--cooccurrence", type=float, default=0.95, help="how often an object stands on its own background")
+    parser.add_argument("--pairs", default="", metavar="boat:grass,cow:road,...", help="other ties than boat:water and so on; "
+                        "the small CLIP's text tower learns them too, which takes a minute")
+    parser.add_argument("--retrain", action="store_true", help="train the committed weights again and stop")
+    return parser.parse_args(argv)
+
+
+def read_pairs(text):
+    """"boat:grass,cow:road" -> {object: background} for all six; the objects left out share the backgrounds left over."""
+    given = dict(pair.split(":") for pair in text.split(",") if pair)
+    left = [b for b in BACKGROUNDS if b not in given.values()]
+    pairs = {}
+    for name, usual in zip(OBJECTS, BACKGROUNDS):
+        if name in given:
+            pairs[name] = given[name]
+        else:
+            pairs[name] = usual if usual in left else left[0]
+            left.remove(pairs[name])
+    return pairs
+
+
+def main(args):
+    usual = dict(zip(OBJECTS, BACKGROUNDS))
+    torch.manual_seed(0)
+    if args.retrain:
+        clip = new_clip()
+        train_image_tower(clip)
+        train_text_tower(clip, usual, steps=3000)
+        pack(clip, train_vit())
+        return
+    pairs = read_pairs(args.pairs)
+    assert set(pairs) == set(OBJECTS) and set(pairs.values()) <= set(BACKGROUNDS), f"--pairs {args.pairs}"
+    write_voc(args.out / "VOC2012", pairs, args.train, args.val, args.seed, args.cooccurrence)
+    clip, vit = unpack()
+    if pairs != usual:
+        train_text_tower(clip, pairs, steps=600, lr=1e-3)
+    torch.save(clip.state_dict(), args.out / "clip.pt")
+    torch.save({"model": vit.state_dict()}, args.out / "vit.pth")
+    print(f"{args.out}: {args.train} training and {args.val} validation images, clip.pt, vit.pth; "
+          + ", ".join(f"{o} on {b}" for o, b in pairs.items()))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,225 @@
+"""The dense CRF against pydensecrf2: time, labels, memory; and the README's picture.
+
+    python tests/bench.py crf                               # drawn scenes of 500x375 and 64x64
+    python tests/bench.py crf --photos DIR --limit 3        # the first photos of a folder too, at 500x375
+    python tests/bench.py crf --large                       # and the peak memory of 4000x3000, a minute or more
+    python tests/bench.py crf --picture crf.png [--image photo.jpg --labels labels.png]
+
+pydensecrf2 needs a C++ compiler, cython < 3 and numpy < 2. It gets an environment of its own and runs as a second process,
+one timed call at a time, in turns with ours. Times include building the lattices. A ratio below 1 means that ours is
+faster; ratios are medians over the rounds, as times on a shared machine wander.
+"""
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from make_pseudo import PRESETS, dense_crf, hard_unary  # noqa: E402
+
+PEER = """
+import sys, time
+import numpy as np
+from pydensecrf.densecrf import DenseCRF2D
+from pydensecrf.utils import unary_from_labels, unary_from_softmax
+for line in sys.stdin:
+    source, target = line.split()
+    job = np.load(source)
+    image, sxy_g, w_g, sxy_b, srgb, w_b = np.ascontiguousarray(job["image"]), *(float(x) for x in job["weights"])
+    H, W = image.shape[:2]
+    if "labels" in job:
+        C = int(job["num_labels"])
+        unary = unary_from_labels(job["labels"], C, gt_prob=0.7, zero_unsure=False)
+    else:
+        C = len(job["prob"])
+        unary = np.ascontiguousarray(unary_from_softmax(job["prob"]))
+    start = time.perf_counter()
+    crf = DenseCRF2D(W, H, C)
+    crf.setUnaryEnergy(unary)
+    crf.addPairwiseGaussian(sxy=sxy_g, compat=w_g)
+    crf.addPairwiseBilateral(sxy=sxy_b, srgb=srgb, rgbim=image, compat=w_b)
+    Q = crf.inference(int(job["iterations"]))
+    seconds = time.perf_counter() - start
+    np.save(target, np.array(Q).reshape(C, H, W))
+    print(seconds, flush=True)
+"""
+
+
+class Peer:
+    """pydensecrf2 in a process of its own"""
+
+    def __init__(self, env):
+        python = Path(env) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        if subprocess.run([python, "-c", "import pydensecrf"], capture_output=True).returncode if python.exists() else 1:
+            venv.create(env, with_pip=True)
+            install = [python, "-m", "pip", "install", "--quiet"]
+            subprocess.run([*install, "cython<3", "numpy<2", "setuptools<80", "wheel"], check=True)
+            subprocess.run([*install, "--no-build-isolation", "pydensecrf2"], check=True)
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = subprocess.Popen([python, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, image, unary, preset, iterations=10):
+        """image uint8 (H, W, 3); unary {"prob": (C, H, W)} or {"labels": (H, W), "num_labels": C}  -> Q, seconds"""
+        source, target = Path(self.folder.name) / "job.npz", Path(self.folder.name) / "Q.npy"
+        np.savez(source, image=image.numpy(), weights=[*preset["gaussian"], *preset["bilateral"]], iterations=iterations,
+                 **{name: np.asarray(value) for name, value in unary.items()})
+        print(source, target, file=self.process.stdin, flush=True)
+        seconds = float(self.process.stdout.readline())
+        return torch.from_numpy(np.load(target)), seconds
+
+    def close(self):
+        self.process.communicate()
+        self.folder.cleanup()
+
+
+def draw_scene(height, width, seed=0):
+    """A drawn photo: sky, ground, two or three things, light and grain.  -> uint8 (H, W, 3), labels (H, W) in 0..2"""
+    rng = np.random.default_rng(seed)
+    H, W = 2 * height, 2 * width  # drawn at twice the size: soft edges
+    rows = np.linspace(0, 1, H)[:, None, None]
+    horizon = rng.uniform(0.4, 0.7)
+    sky, ground = rng.integers(90, 250, 3), rng.integers(30, 160, 3)
+    canvas = np.where(rows < horizon, sky * (1 - 0.3 * rows), ground * (0.6 + 0.5 * rows)) + np.zeros((1, W, 1))
+    picture, labels = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.new("L", (W, H))
+    for i in range(rng.integers(2, 4)):
+        x, y = rng.uniform(0.2, 0.8) * W, rng.uniform(0.3, 0.8) * H
+        r, colour, label = rng.uniform(0.12, 0.22) * H, rng.integers(20, 255, 3), 1 + i % 2
+        angle = np.sort(rng.uniform(0, 2 * np.pi, 9))
+        outline = [(x + 1.4 * r * np.cos(a), y + r * np.sin(a) * rng.uniform(0.7, 1.2)) for a in angle]
+        ImageDraw.Draw(picture).polygon(outline, tuple(int(c) for c in colour))
+        ImageDraw.Draw(labels).polygon(outline, label)
+    light = rng.uniform(0.9, 1.1, (8, 8)).astype(np.float32)
+    light = np.array(Image.fromarray(light).resize((width, height), Image.BICUBIC))[..., None]
+    image = np.array(picture.resize((width, height), Image.BOX)) * light + rng.normal(0, 4, (height, width, 3))
+    labels = np.array(labels.resize((width, height), Image.NEAREST))
+    return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels.astype(np.int64))
+
+
+def random_prob(height, width, num_labels, seed=0):
+    """Smooth random probabilities (C, H, W), as coarse as a CAM"""
+    coarse = torch.randn(1, num_labels, 12, 16, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(2 * coarse, size=(height, width), mode="bilinear")[0].softmax(0)
+
+
+def coarse_prob(labels, cell=24, sharpness=4):
+    """Labels (H, W) -> probabilities (C, H, W) that saw them through cells of so many pixels, as a CAM would"""
+    onehot = F.one_hot(labels).permute(2, 0, 1)[None].float()  # (1, C, H, W)
+    small = F.interpolate(onehot, scale_factor=1 / cell, mode="area")
+    return (sharpness * F.interpolate(small, size=labels.shape, mode="bilinear")[0]).softmax(0)
+
+
+def table(images, num_labels, presets, peer, rounds):
+    """Prints a line for each image, preset and number of labels. -> worst agreement, worst mean |dQ|"""
+    print(f"{'image':24}{'size':>9}{'labels':>7}  {'preset':6}{'ours s':>8}{'theirs s':>9}{'ratio':>7}{'agree %':>10}"
+          f"{'mean |dQ|':>11}{'max |dQ|':>10}", flush=True)
+    ratios, worst_agreement, worst_difference = {}, 1, 0
+    for name, image in images:
+        H, W, _ = image.shape
+        for C in num_labels:
+            for preset_name in presets:
+                preset = PRESETS[preset_name]
+                prob = random_prob(H, W, C)
+                unary = {"prob": prob}
+                if preset["unary"] == "hard":
+                    unary = {"labels": prob.argmax(0), "num_labels": C}
+                    prob = hard_unary(prob.argmax(0), C)
+                weights = preset["gaussian"], preset["bilateral"]
+                Q = dense_crf(image, prob, *weights)  # warm-up
+                ours, theirs = [], []
+                for _ in range(rounds):
+                    start = time.perf_counter()
+                    dense_crf(image, prob, *weights)
+                    ours.append(time.perf_counter() - start)
+                    peer_Q, seconds = peer(image, unary, preset)
+                    theirs.append(seconds)
+                ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+                agreement = (Q.argmax(0) == peer_Q.argmax(0)).float().mean().item()
+                difference = (Q - peer_Q).abs()
+                print(f"{name[:23]:24}{f'{W}x{H}':>9}{C:7}  {preset_name:6}{median(ours):8.3f}{median(theirs):9.3f}{ratio:7.2f}"
+                      f"{100 * agreement:10.4f}{difference.mean():11.1e}{difference.max():10.1e}", flush=True)
+                ratios.setdefault((f"{W}x{H}", C), []).append(ratio)
+                worst_agreement = min(worst_agreement, agreement)
+                worst_difference = max(worst_difference, difference.mean().item())
+    for (size, C), values in ratios.items():
+        print(f"ours / theirs, {size}, {C} labels: median {median(values):.2f} of {len(values)} lines, "
+              f"{min(values):.2f} to {max(values):.2f}")
+    print(f"worst line: labels agree on {100 * worst_agreement:.4f} % of pixels, mean |dQ| {worst_difference:.1e}")
+
+
+def peak_memory(height, width, num_labels):
+    """Peak resident memory in GB of a fresh process that does one image, Python and torch included (Linux)"""
+    program = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import bench_crf as b; "
+               f"b.dense_crf(b.draw_scene({height}, {width})[0], b.random_prob({height}, {width}, {num_labels})); "
+               "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return int(done.stdout) * 1024 / 1e9
+
+
+def picture(file, image, labels):
+    """Image, coarse unary, and the CRF after 1, 3 and 10 steps, side by side with captions"""
+    colours = torch.tensor([[40, 40, 40], [230, 80, 60], [70, 130, 230], [90, 190, 90], [220, 180, 60], [160, 90, 200]])
+    prob = coarse_prob(torch.unique(labels, return_inverse=True)[1])
+    tiles = [("image", image)]
+    for steps in (0, 1, 3, 10):
+        Q = dense_crf(image, prob, *list(PRESETS["irn"].values())[1:], iterations=steps)
+        tint = torch.einsum("chw,cx->hwx", Q, colours[torch.arange(len(Q)) % len(colours)].float())
+        caption = "unary" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
+        tiles.append((caption, (0.35 * image + 0.65 * tint).byte()))
+    H, W, _ = image.shape
+    strip = Image.new("RGB", (len(tiles) * (W + 4) - 4, H + 16), "white")
+    for i, (caption, tile) in enumerate(tiles):
+        strip.paste(Image.fromarray(tile.numpy()), (i * (W + 4), 16))
+        ImageDraw.Draw(strip).text((i * (W + 4) + 2, 2), caption, "black")
+    strip.save(file)
+
+
+def read_image(path, size=None):
+    image = Image.open(path).convert("RGB")
+    return torch.from_numpy(np.array(image if size is None else image.resize(size)))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="folder of .jpg files to compare on")
+    parser.add_argument("--limit", type=int, default=3, help="how many of them (default %(default)s)")
+    parser.add_argument("--labels-list", type=int, nargs="+", default=[2, 3, 5, 21], metavar="C", help="default 2 3 5 21")
+    parser.add_argument("--presets", nargs="+", default=["voc", "irn", "prob"], help="default voc irn prob")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="ours; pydensecrf uses one (default %(default)s)")
+    parser.add_argument("--env", type=Path, default=HERE.parent / "runs" / "pydensecrf-env",
+                        help="where pydensecrf2 is installed (default runs/pydensecrf-env)")
+    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=False, help="memory of 4000x3000 too")
+    parser.add_argument("--picture", type=Path, help="draw this picture instead")
+    parser.add_argument("--image", type=Path, help="of this image instead of a drawn scene")
+    parser.add_argument("--labels", type=Path, help="and this label map of it (PNG), which the unary sees coarsely")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+
+    if args.picture:
+        image, labels = draw_scene(150, 200, seed=6)
+        if args.image:
+            image, labels = read_image(args.image), torch.from_numpy(np.array(Image.open(args.labels))).long()
+        return picture(args.picture, image, labels)
+
+    images = [("drawn scene", draw_scene(375, 500)[0]), ("drawn scene", draw_scene(64, 64, seed=1)[0])]
+    if args.photos:
+        images += [(path.name, read_image(path, (500, 375))) for path in sorted(args.photos.glob("*.jpg"))[:args.limit]]
+    peer = Peer(args.env)
+    table(images, args.labels_list, args.presets, peer, args.rounds)
+    peer.close()
+    for H, W, C in [(375, 500, 3), (375, 500, 21)] + [(3000, 4000, 3)] * args.large:
+        print(f"peak memory, {W}x{H}, {C} labels: {peak_memory(H, W, C):.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
