@@ -160,11 +160,11 @@ class Tokenizer:
             pair = min(zip(symbols[:-1], symbols[1:], strict=True), key=lambda pair: self.rank.get(pair, math.inf))
             if pair not in self.rank:
                 break
-            merged = []
-            while symbols:  # join every occurrence of the pair, from the left
-                size = 2 if tuple(symbols[:2]) == pair else 1
-                merged.append("".join(symbols[:size]))
-                symbols = symbols[size:]
+            merged, i = [], 0
+            while i < len(symbols):  # join every occurrence of the pair, from the left
+                size = 2 if tuple(symbols[i:i + 2]) == pair else 1
+                merged.append("".join(symbols[i:i + size]))
+                i += size
             symbols = merged
         self.known[word] = [self.ids[symbol] for symbol in symbols]
         return self.known[word]
@@ -200,8 +200,8 @@ def tokenize(texts, context_length=77, truncate=False):
 def linear(x, weight, bias=None):
     """x (..., in), weight (out, in), bias (out,) -> (..., out): F.linear, on the CPU as a 1x1 convolution.
 
-    torch gives float32 matrix products to MKL and convolutions to oneDNN. On AMD processors MKL avoids the widest vector
-    instructions, and the convolution takes half the time, forward and backward (measured by tests/bench.py clip).
+    torch gives float32 matrix products to MKL, convolutions to oneDNN. On AMD processors MKL does without the widest
+    vector instructions, and the convolution takes half the time, forward and backward (see tests/bench.py clip).
     """
     if not x.is_cpu or x.numel() == 0:
         return F.linear(x, weight, bias)
@@ -498,8 +498,8 @@ def nearest_words(embeddings, words, clip, top=5, template="a photo of {}."):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Zero-shot probabilities: which of these texts fits an image best?")
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a sentence per class, such as 'a photo of a cat'; the "
-                        "probabilities are among these texts only, so give two or more")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a sentence per class, such as 'a photo of a cat'; "
+                        "the probabilities are among these texts only, so give two or more")
     parser.add_argument("--image", required=True, metavar="FILE", help="a JPEG or PNG file")
     parser.add_argument("--clip", default="ViT-B/32", metavar="CKPT", help="a checkpoint file, or a name to download "
                         f"once: {', '.join(MODELS)}; the later, the slower and the better (default: %(default)s)")

@@ -158,9 +158,10 @@ def enclosing_simplex(f):
 def build_lattice(f, image_index):
     """Features (d, V) and the number, ascending from 0, of each pixel's image (V,) -> Lattice; images do not mix."""
     d, V = f.shape
-    if V * (d + 1) >= 2**31 or f.abs().max() >= 2**16:
-        raise ValueError(f"{V} pixels, {f.abs().max():.0f} standard deviations: too many for a lattice of int32 and "
-                         "float32; make the image smaller, or sxy and srgb larger")
+    if V * (d + 1) >= 2**31:
+        raise ValueError(f"{V} pixels are more than a lattice can number in int32: make the image smaller")
+    if f.max() >= 2**16:
+        raise ValueError(f"{f.max():.0f} standard deviations are too many for float32: make sxy and srgb larger")
     origin, axis, weight = enclosing_simplex(f)
 
     # One int64 names a point: its digits are the first d coordinates (their sum tells the last), then the image.
@@ -262,9 +263,9 @@ def dense_crf_batch(images, probs, gaussian=(3, 3), bilateral=(50, 5, 10), itera
 
 
 def softmax(x):
-    """Over the labels of x (V, C), in place; for few labels, torch.softmax takes four times as long on a CPU."""
-    x = x.sub_(x.amax(1, keepdim=True)).exp_()
-    return x.div_(x.sum(1, keepdim=True))
+    """Over the labels of x (V, C); where these are few, torch.softmax takes four times as long on a CPU."""
+    e = (x - x.amax(1, keepdim=True)).exp_()
+    return e.div_(e.sum(1, keepdim=True))
 
 
 @torch.no_grad()
@@ -281,7 +282,7 @@ def mean_field(group, gaussian, bilateral, iterations):
         f = torch.cat([crf_features(image, sxy, *srgb) for image, _ in group], 1)  # (d, V)
         kernels.append(crf_kernel(f, image_index, weight))
 
-    Q = softmax(log_prob.clone())
+    Q = softmax(log_prob)
     for _ in range(iterations):
         Q = softmax(sum((blur(kernel, Q) for kernel in kernels), log_prob))  # [eq. C3]  (V, C)
     return [q[:, :len(prob)].t().reshape(prob.shape) for q, (_, prob) in zip(Q.split(sizes), group, strict=True)]

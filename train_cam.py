@@ -37,8 +37,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from clip_model import CLIP_MEAN, CLIP_STD, InputError, load_clip, nearest_words, pick_device, read_image, read_nouns
-from clip_model import run, tokenize
+from clip_model import (
+    CLIP_MEAN,
+    CLIP_STD,
+    InputError,
+    load_clip,
+    nearest_words,
+    pick_device,
+    read_image,
+    read_nouns,
+    run,
+    tokenize,
+)
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load_vit
 
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length.

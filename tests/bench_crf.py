@@ -5,9 +5,9 @@
     python tests/bench.py crf --large                       # and the peak memory of 4000x3000, a minute or more
     python tests/bench.py crf --picture crf.png [--image photo.jpg --labels labels.png]
 
-pydensecrf2 needs a C++ compiler, cython < 3 and numpy < 2. It gets an environment of its own and runs as a second process,
-one timed call at a time, in turns with ours. Times include building the lattices. A ratio below 1 means that ours is
-faster; ratios are medians over the rounds, as times on a shared machine wander.
+pydensecrf2 needs a C++ compiler, cython < 3 and numpy < 2. It gets an environment of its own and runs as a second
+process, one timed call at a time, in turns with ours. Times include building the lattices. A ratio below 1 means that
+ours is faster; ratios are medians over the rounds, as times on a shared machine wander.
 """
 import argparse
 import subprocess
@@ -60,7 +60,7 @@ class Peer:
 
     def __init__(self, env):
         python = Path(env) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        if subprocess.run([python, "-c", "import pydensecrf"], capture_output=True).returncode if python.exists() else 1:
+        if not python.exists() or subprocess.run([python, "-c", "import pydensecrf"], capture_output=True).returncode:
             venv.create(env, with_pip=True)
             install = [python, "-m", "pip", "install", "--quiet"]
             subprocess.run([*install, "cython<3", "numpy<2", "setuptools<80", "wheel"], check=True)
@@ -71,8 +71,9 @@ class Peer:
     def __call__(self, image, unary, preset, iterations=10):
         """image uint8 (H, W, 3); unary {"prob": (C, H, W)} or {"labels": (H, W), "num_labels": C}  -> Q, seconds"""
         source, target = Path(self.folder.name) / "job.npz", Path(self.folder.name) / "Q.npy"
+        unary = {name: np.asarray(value) for name, value in unary.items()}
         np.savez(source, image=image.numpy(), weights=[*preset["gaussian"], *preset["bilateral"]], iterations=iterations,
-                 **{name: np.asarray(value) for name, value in unary.items()})
+                 **unary)
         print(source, target, file=self.process.stdin, flush=True)
         seconds = float(self.process.stdout.readline())
         return torch.from_numpy(np.load(target)), seconds
@@ -82,14 +83,16 @@ class Peer:
         self.folder.cleanup()
 
 
-def draw_scene(height, width, seed=0):
-    """A drawn photo: sky, ground, two or three things, light and grain.  -> uint8 (H, W, 3), labels (H, W) in 0..2"""
+def draw_scene(height, width, seed=0, grain=4):
+    """A drawn photo: sky, ground, two or three things, uneven light and grain (grey levels of noise; 0: flat colours
+    without light). -> uint8 (H, W, 3), labels (H, W) in 0..2"""
     rng = np.random.default_rng(seed)
     H, W = 2 * height, 2 * width  # drawn at twice the size: soft edges
     rows = np.linspace(0, 1, H)[:, None, None]
     horizon = rng.uniform(0.4, 0.7)
     sky, ground = rng.integers(90, 250, 3), rng.integers(30, 160, 3)
-    canvas = np.where(rows < horizon, sky * (1 - 0.3 * rows), ground * (0.6 + 0.5 * rows)) + np.zeros((1, W, 1))
+    shade = rows if grain else 0.5
+    canvas = np.where(rows < horizon, sky * (1 - 0.3 * shade), ground * (0.6 + 0.5 * shade)) + np.zeros((1, W, 1))
     picture, labels = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.new("L", (W, H))
     for i in range(rng.integers(2, 4)):
         x, y = rng.uniform(0.2, 0.8) * W, rng.uniform(0.3, 0.8) * H
@@ -98,9 +101,9 @@ def draw_scene(height, width, seed=0):
         outline = [(x + 1.4 * r * np.cos(a), y + r * np.sin(a) * rng.uniform(0.7, 1.2)) for a in angle]
         ImageDraw.Draw(picture).polygon(outline, tuple(int(c) for c in colour))
         ImageDraw.Draw(labels).polygon(outline, label)
-    light = rng.uniform(0.9, 1.1, (8, 8)).astype(np.float32)
-    light = np.array(Image.fromarray(light).resize((width, height), Image.BICUBIC))[..., None]
-    image = np.array(picture.resize((width, height), Image.BOX)) * light + rng.normal(0, 4, (height, width, 3))
+    light = Image.fromarray(rng.uniform(0.9, 1.1, (8, 8)).astype(np.float32) if grain else np.ones((1, 1), np.float32))
+    light = np.array(light.resize((width, height), Image.BICUBIC))[..., None]
+    image = np.array(picture.resize((width, height), Image.BOX)) * light + rng.normal(0, grain, (height, width, 3))
     labels = np.array(labels.resize((width, height), Image.NEAREST))
     return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels.astype(np.int64))
 
@@ -145,8 +148,8 @@ def table(images, num_labels, presets, peer, rounds):
                 ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
                 agreement = (Q.argmax(0) == peer_Q.argmax(0)).float().mean().item()
                 difference = (Q - peer_Q).abs()
-                print(f"{name[:23]:24}{f'{W}x{H}':>9}{C:7}  {preset_name:6}{median(ours):8.3f}{median(theirs):9.3f}{ratio:7.2f}"
-                      f"{100 * agreement:10.4f}{difference.mean():11.1e}{difference.max():10.1e}", flush=True)
+                print(f"{name[:23]:24}{f'{W}x{H}':>9}{C:7}  {preset_name:6}{median(ours):8.3f}{median(theirs):9.3f}"
+                      f"{ratio:7.2f}{100 * agreement:10.4f}{difference.mean():11.1e}{difference.max():10.1e}", flush=True)
                 ratios.setdefault((f"{W}x{H}", C), []).append(ratio)
                 worst_agreement = min(worst_agreement, agreement)
                 worst_difference = max(worst_difference, difference.mean().item())
@@ -192,7 +195,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="folder of .jpg files to compare on")
     parser.add_argument("--limit", type=int, default=3, help="how many of them (default %(default)s)")
-    parser.add_argument("--labels-list", type=int, nargs="+", default=[2, 3, 5, 21], metavar="C", help="default 2 3 5 21")
+    parser.add_argument("--num-labels", type=int, nargs="+", default=[2, 3, 5, 21], help="default 2 3 5 21")
     parser.add_argument("--presets", nargs="+", default=["voc", "irn", "prob"], help="default voc irn prob")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="ours; pydensecrf uses one (default %(default)s)")
@@ -215,7 +218,7 @@ def main(argv=None):
     if args.photos:
         images += [(path.name, read_image(path, (500, 375))) for path in sorted(args.photos.glob("*.jpg"))[:args.limit]]
     peer = Peer(args.env)
-    table(images, args.labels_list, args.presets, peer, args.rounds)
+    table(images, args.num_labels, args.presets, peer, args.rounds)
     peer.close()
     for H, W, C in [(375, 500, 3), (375, 500, 21)] + [(3000, 4000, 3)] * args.large:
         print(f"peak memory, {W}x{H}, {C} labels: {peak_memory(H, W, C):.2f} GB", flush=True)

@@ -155,7 +155,7 @@ def table(rng):
     return shade(rng, (165, 110, 62), 22, 0.5 + 0.25 * grain)
 
 
-DRAW = {f.__name__: f for f in (water, rails, sky, grass, road, table, boat, train, bird, cow, car, bottle)}
+PAINTERS = {f.__name__: f for f in (water, rails, sky, grass, road, table, boat, train, bird, cow, car, bottle)}
 
 
 def paint(rng, name, parts, canvas):
@@ -167,7 +167,7 @@ def paint(rng, name, parts, canvas):
     centre = rng.uniform(0.32, 0.68, 2) * DRAW
     if parts.info.get("half") is not None:  # one of two: keep to its own side
         size, centre[0] = 0.72 * size, (0.27 + 0.46 * parts.info["half"] + rng.uniform(-0.03, 0.03)) * DRAW
-    for polygon, colour in DRAW[name](rng):
+    for polygon, colour in PAINTERS[name](rng):
         points = [(side * x * size, y * size) for x, y in polygon]
         points = [(centre[0] + x * math.cos(tilt) - y * math.sin(tilt), centre[1] + x * math.sin(tilt) + y * math.cos(tilt))
                   for x, y in points]
@@ -178,11 +178,11 @@ def paint(rng, name, parts, canvas):
 def scene(rng, pairs):
     """A picture of one or two (object or None, background) pairs, side by side.
     Returns image uint8 (S, S, 3) and parts uint8 (S, S), the number in THINGS of what is seen at each pixel."""
-    ground, parts = DRAW[pairs[0][1]](rng), np.full((S, S), THINGS.index(pairs[0][1]), np.uint8)
+    ground, parts = PAINTERS[pairs[0][1]](rng), np.full((S, S), THINGS.index(pairs[0][1]), np.uint8)
     if len(pairs) == 2:
         y, x = np.mgrid[:S, :S] / S
         right = x + rng.uniform(-0.3, 0.3) * (y - 0.5) + 0.12 * (smooth_noise(rng, 4) - 0.5) > 0.5
-        ground = np.where(right[..., None], DRAW[pairs[1][1]](rng), ground)
+        ground = np.where(right[..., None], PAINTERS[pairs[1][1]](rng), ground)
         parts[right] = THINGS.index(pairs[1][1])
     big = lambda array: Image.fromarray(array).resize((DRAW, DRAW), Image.NEAREST)  # noqa: E731
     canvas, parts = big(np.clip(ground, 0, 255).astype(np.uint8)), big(parts)
