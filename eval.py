@@ -24,8 +24,17 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from clip_model import run
-from make_pseudo import PALETTE, PRESETS, background_score, dense_crf, picture_strip, read_cams, read_labels
-from make_pseudo import score_labels, write_labels
+from make_pseudo import (
+    PALETTE,
+    PRESETS,
+    background_score,
+    dense_crf,
+    picture_strip,
+    read_cams,
+    read_labels,
+    score_labels,
+    write_labels,
+)
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD
 from train_cam import Data, start_processes, write_file
 from train_seg import load_segmenter

@@ -247,7 +247,7 @@ def write_voc(root, pairs, train, val, seed, cooccurrence):
 
 SHARED, TIE = 0.75, 0.4
 SIZES = dict(resolution=S, patch=8, width=128, layers=4, text_width=128, text_layers=2, embed_dim=64)
-FILLERS = "a the of and with on in photo".split()
+FILLERS = ["a", "the", "of", "and", "with", "on", "in", "photo"]
 
 
 def untied_scenes(count, seed, empty):

@@ -1,0 +1,359 @@
+"""The scripts through their command lines: the whole chain, the files they promise, and what users get wrong."""
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from PIL import Image
+
+from clip_model import run
+from make_pseudo import PALETTE
+from train_cam import Data
+
+SCRIPTS = ["clip_model", "mask_generator", "train_cam", "make_pseudo", "train_seg", "eval"]
+REAL = ROOT.parent / "shared" / "data"
+
+
+def names_in(root, split="train"):
+    return (root / f"ImageSets/Segmentation/{split}.txt").read_text().split()
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------ help
+
+def test_help_needs_no_files(tmp_path):
+    """From an empty folder, without a network: exit 0, and every flag is explained."""
+    processes = [subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), "--help"], cwd=tmp_path, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  env={**os.environ, "https_proxy": "http://localhost:9", "http_proxy": "http://localhost:9"})
+                 for script in [*SCRIPTS, "tests/toy_world"]]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and out.startswith("usage:"), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train_cam", "make_pseudo", "train_seg", "eval", "clip_model"])
+def test_common_flags(script):
+    required = {"train_cam": "--data D --out O", "make_pseudo": "--data D --cams C --out O", "eval": "--data D --pred P",
+                "train_seg": "--data D --labels L --vit V --out O", "clip_model": "a b --image I"}[script].split()
+    args = importlib.import_module(script).parse_args([*required, "--device", "cpu", "--seed", "3"])
+    assert (args.device, args.seed) == ("cpu", 3)
+
+
+# ------------------------------------------------------------------------------------------ the whole chain
+
+def test_chain_opened_no_mask(chain):
+    assert not (chain / "VOC2012/SegmentationClass").exists()  # the whole chain ran without
+
+
+def test_checkpoints_and_logs(chain):
+    for phase in ("classify", "match", "refine"):
+        state = torch.load(chain / f"cam/{phase}.pt", weights_only=True)
+        assert state["phase"] == phase and state["classes"] == ["boat", "train", "bird", "cow", "car", "bottle"]
+    assert torch.load(chain / "seg/seg.pt", weights_only=True)["decoder"] == "mask"
+    rows = [json.loads(line) for line in (chain / "cam/log.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["classify", "match", "prompts", "refine"]
+    assert all(np.isfinite(row["loss"]) and {"epoch", "step", "lr", "images_per_s", "eta_s"} <= row.keys() for row in rows)
+    assert [json.loads(line)["phase"] for line in (chain / "seg/log.jsonl").read_text().splitlines()] == ["seg"]
+    assert {path.name for path in (chain / "cam").iterdir()} == {
+        "classify.pt", "match.pt", "prompts.pt", "refine.pt", "prompts.txt", "log.jsonl", "cams"}  # nothing left over
+    assert {path.name for path in (chain / "seg").iterdir()} == {"seg.pt", "log.jsonl"}
+
+
+def test_prompts_txt(chain):
+    lines = (chain / "cam/prompts.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["boat", "train", "bird", "cow", "car", "bottle"]
+    for line in lines:
+        cosines = [float(part.split()[-1]) for part in line.split(": ")[1].split(", ")]
+        assert len(cosines) == 5 and cosines == sorted(cosines, reverse=True) and max(cosines) <= 1
+
+
+def test_cams_on_disk(chain):
+    data = Data(chain / "VOC2012", "train")
+    assert {path.name for path in (chain / "cam/cams").iterdir()} == {f"{name}.npy" for name in data.names}
+    sizes = set()
+    for name in data.names:
+        cams = np.load(chain / f"cam/cams/{name}.npy", allow_pickle=False)
+        W, H = data.image(name).size
+        assert cams.dtype == np.float16 and cams.shape == (data.labels(name).sum(), -(-H // 4), -(-W // 4))
+        assert cams.min() >= 0 and cams.max() <= 1
+        assert (cams.reshape(len(cams), -1).max(axis=1) > 0.99).all()  # each map uses its range
+        sizes.add((H, W))
+    assert (37, 50) in sizes
+
+
+def check_label_png(path, size, allowed):
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and picture.size == size and picture.getpalette() == PALETTE
+        assert set(np.unique(picture)) <= allowed, path
+
+
+def test_pseudo_masks_on_disk(chain):
+    data = Data(chain / "VOC2012", "train")
+    assert {path.name for path in (chain / "masks").iterdir()} == {f"{name}.png" for name in data.names}
+    for name in data.names:
+        present = np.flatnonzero(data.labels(name)) + 1
+        check_label_png(chain / f"masks/{name}.png", data.image(name).size, {0, 255, *present.tolist()})
+
+
+@pytest.mark.parametrize("split, what, flags", [
+    ("train", "cams", ["--cams", "cam/cams", "--oracle-sweep"]), ("train", "pred", ["--pred", "masks"]),
+    ("val", "checkpoint", ["--checkpoint", "seg/seg.pt", "--scales", "1", "1.5", "--crf", "prob"])])
+def test_eval_writes_what_it_promises(split, what, flags, toy, chain, script, tmp_path):
+    flags = [chain / flag if "/" in flag or flag == "masks" else flag for flag in flags]
+    table = script("eval.py", "--data", toy / "VOC2012", "--split", split, *flags, "--device", "cpu", "--save", tmp_path / "saved",
+                   "--json", tmp_path / "new/scores.json", "--strip", tmp_path / "strip.png", "--strip-count", 3,
+                   *(["--columns", f"CAM={chain / 'cam/cams'}", f"mask={chain / 'masks'}"] if split == "train" else []))
+    result = json.loads((tmp_path / "new/scores.json").read_text())
+    labels = ["background", "boat", "train", "bird", "cow", "car", "bottle"]
+    assert {"miou", "iou", "images", "list", "classes", "what", "threshold", "scales", "flip", "crf"} <= result.keys()
+    assert list(result["iou"]) == result["classes"] == labels and result["what"] == what and result["list"] == split
+    scores = [value for value in result["iou"].values() if value is not None]
+    assert all(0 <= value <= 100 for value in scores) and result["miou"] == pytest.approx(np.mean(scores), abs=2e-3)
+    assert f"{result['miou']:.2f}" in table and all(name in table for name in labels)
+    if what == "cams":
+        assert 0 < result["threshold"] < 1 and "no mask" in result["threshold_chosen"]
+        assert "ground truth" in result["oracle"]["threshold_chosen"] and "TUNED ON GROUND TRUTH" in table
+        assert result["oracle"]["miou"] >= result["miou"] - 1
+    else:
+        assert "oracle" not in result and result["threshold"] is None
+    if what == "checkpoint":
+        assert (result["scales"], result["flip"], result["crf"]) == ([1, 1.5], True, "prob")
+    data = Data(toy / "VOC2012", split)
+    assert {path.stem for path in (tmp_path / "saved").iterdir()} == set(data.names) and result["images"] == len(data.names)
+    for name in data.names:
+        check_label_png(tmp_path / f"saved/{name}.png", data.image(name).size, {*range(7), 255})
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.size == ((5 if split == "train" else 3) * 132, 3 * 132 + 16)
+
+
+def test_clip_model_and_mask_generator(toy, capsys):
+    photo = toy / "VOC2012/JPEGImages" / f"{names_in(toy / 'VOC2012')[0]}.jpg"
+    call("clip_model", "a photo of boat.", "a photo of water.", "--image", photo, "--clip", toy / "clip.pt", "--device", "cpu")
+    assert sum(float(line.split("%")[0]) for line in capsys.readouterr().out.splitlines()) == pytest.approx(100, abs=0.02)
+    call("mask_generator", "--vit", toy / "vit.pth", "--image", photo)
+    assert "patch 4, width 128, 4 layers" in capsys.readouterr().out
+
+
+def test_finished_pngs_are_kept_and_broken_ones_redone(toy, chain, tmp_path):
+    masks = shutil.copytree(chain / "masks", tmp_path / "masks")
+    broken, kept = (masks / f"{name}.png" for name in names_in(toy / "VOC2012")[:2])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-30])
+    stamp = kept.stat().st_mtime_ns
+    flags = ["--data", toy / "VOC2012", "--cams", chain / "cam/cams", "--out", masks, "--device", "cpu"]
+    call("make_pseudo", *flags)
+    assert broken.read_bytes() == whole and kept.stat().st_mtime_ns == stamp
+    call("make_pseudo", *flags, "--overwrite", "--crf", "none")
+    assert kept.stat().st_mtime_ns > stamp
+
+
+def test_full_supervision_and_export_of_a_phase(toy, chain, tmp_path):
+    """--labels ROOT/SegmentationClass as it stands, 255 and all; --phase export --checkpoint --cams without CLIP and ViT."""
+    voc = toy / "VOC2012"
+    call("train_seg", "--data", voc, "--labels", voc / "SegmentationClass", "--vit", toy / "vit.pth", "--out", tmp_path / "seg",
+         "--decoder", "linear", "--crop", 80, "--epochs", 1, "--batch", 6, "--workers", 0, "--device", "cpu", "--optimizer", "adamw")
+    assert files_in(tmp_path / "seg").keys() == {"seg.pt", "log.jsonl"}
+    call("train_cam", "--data", voc, "--split", "val", "--out", tmp_path / "cam", "--phase", "export", "--checkpoint",
+         chain / "cam/match.pt", "--cams", tmp_path / "match", "--scales", 1, "--device", "cpu")
+    assert files_in(tmp_path / "match").keys() == {f"{name}.npy" for name in names_in(voc, "val")}
+
+
+# ------------------------------------------------------------------------------------------ what users get wrong
+
+def call(script, *flags):
+    """The script's own last line, `run(main, parse_args())`, in this process."""
+    module = importlib.import_module(script)
+    run(module.main, module.parse_args([str(flag) for flag in flags]))
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def cut(path, size=200):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def resize(path):
+    with Image.open(path) as picture:
+        picture.resize((30, 20)).save(path)
+
+
+def relabel(path, value=200):
+    labels = np.array(Image.open(path))
+    labels[3:5] = value
+    Image.fromarray(labels).save(path)
+
+
+def other_cams(path):
+    np.save(path, np.zeros((5, 16, 16), np.float16))
+
+
+TRAIN = "--phase classify"
+BAD = {  # script: (what was done, how, further flags, what the message says)
+    "train_cam": [
+        ("no root", lambda w: shutil.rmtree(w.voc), TRAIN, "VOC2012"),
+        ("no photos", lambda w: shutil.rmtree(w.voc / "JPEGImages"), TRAIN, "JPEGImages"),
+        ("no such list", None, f"{TRAIN} --split train_aug", "train_aug.txt"),
+        ("empty list", lambda w: w.list.write_text("\n"), TRAIN, "empty"),
+        ("no annotation", lambda w: w.xml.unlink(), TRAIN, "{name}.xml"),
+        ("cut annotation", lambda w: cut(w.xml, 60), TRAIN, "{name}.xml"),
+        ("unknown class", lambda w: w.xml.write_text("<a><object><name>unicorn</name></object></a>"), TRAIN, "unicorn"),
+        ("class twice", lambda w: (w.voc / "classes.txt").write_text("boat\nboat\n"), TRAIN, "twice"),
+        ("no photo", lambda w: w.jpg.unlink(), TRAIN, "{name}.jpg"),
+        ("cut photo", lambda w: cut(w.jpg), TRAIN, "{name}.jpg"),
+        ("cut photo, seen by a worker process", lambda w: cut(w.jpg), f"{TRAIN} --workers 1", "{name}.jpg"),
+        ("no CLIP", lambda w: w.clip.unlink(), TRAIN, "clip.pt"),
+        ("no ViT", lambda w: w.vit.unlink(), TRAIN, "vit.pth"),
+        ("cut CLIP", lambda w: cut(w.clip), TRAIN, "clip.pt"),
+        ("cut ViT", lambda w: cut(w.vit), TRAIN, "vit.pth"),
+        ("CLIP for ViT", lambda w: shutil.copy(w.clip, w.vit), TRAIN, "DeiT"),
+        ("ViT for CLIP", lambda w: shutil.copy(w.vit, w.clip), TRAIN, "clip.pt"),
+        ("match before classify", lambda w: (w.out / "classify.pt").unlink(), "--phase match", "classify.pt"),
+        ("prompts before match", lambda w: (w.out / "match.pt").unlink(), "--phase prompts", "match.pt"),
+        ("refine before prompts", lambda w: (w.out / "prompts.pt").unlink(), "--phase refine", "prompts.pt"),
+        ("export before refine", lambda w: (w.out / "refine.pt").unlink(), "--phase export", "refine.pt"),
+        ("cut checkpoint", lambda w: cut(w.out / "classify.pt"), "--phase match", "classify.pt"),
+        ("prompts for a generator", lambda w: shutil.copy(w.out / "prompts.pt", w.out / "refine.pt"), "--phase export", "generator"),
+        ("other classes", lambda w: edit(w.voc / "classes.txt", "boat", "boat\nunicorn"), "--phase match", "classify.pt"),
+    ],
+    "make_pseudo": [
+        ("no root", lambda w: shutil.rmtree(w.voc), "", "VOC2012"),
+        ("no CAMs", lambda w: shutil.rmtree(w.cams), "", "cams"),
+        ("cut CAMs", lambda w: cut(w.npy), "", "{name}.npy"),
+        ("empty CAMs", lambda w: cut(w.npy, 0), "", "{name}.npy"),
+        ("other CAMs", lambda w: other_cams(w.npy), "", "{name}.npy"),
+        ("objects as CAMs", lambda w: np.save(w.npy, np.array([{}]), allow_pickle=True), "", "{name}.npy"),
+        ("CAMs of NaN", lambda w: np.save(w.npy, np.load(w.npy) * np.nan), "", "finite"),
+        ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
+        ("background score", None, "--bg-score high", "bg-score"),
+    ],
+    "train_seg": [
+        ("no labels", lambda w: w.png.unlink(), "", "{name}.png"),
+        ("cut labels", lambda w: cut(w.png, 100), "", "{name}.png"),
+        ("labels of another size", lambda w: resize(w.png), "", "20x30"),
+        ("label of another class list", lambda w: relabel(w.png), "", "200"),
+        ("labels in colour", lambda w: Image.new("RGB", (64, 64)).save(w.png), "", "RGB"),
+        ("labels of another size, seen by a worker process", lambda w: resize(w.png), "--workers 1", "20x30"),
+        ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
+        ("no ViT", lambda w: w.vit.unlink(), "", "vit.pth"),
+    ],
+    "eval": [
+        ("no predictions", None, "--pred nowhere", "nowhere"),
+        ("prediction of another size", lambda w: resize(w.png), "--pred MASKS", "20x30"),
+        ("prediction of another class list", lambda w: relabel(w.png), "--pred MASKS", "200"),
+        ("no truth", lambda w: w.truth.unlink(), "--pred MASKS", "SegmentationClass"),
+        ("truth of another size", lambda w: resize(w.truth), "--pred MASKS", "20x30"),
+        ("other CAMs", lambda w: other_cams(w.npy), "--cams CAMS", "{name}.npy"),
+        ("threshold", None, "--cams CAMS --threshold high", "threshold"),
+        ("no checkpoint", None, "--checkpoint nowhere.pt", "nowhere.pt"),
+        ("a generator for a segmenter", None, "--checkpoint OUT/refine.pt", "segmenter"),
+        ("column without caption", None, "--pred MASKS --strip OUT/s.png --columns MASKS", "columns"),
+    ],
+    "clip_model": [
+        ("no photo", lambda w: w.jpg.unlink(), "", "{name}.jpg"),
+        ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
+        ("no CLIP", lambda w: w.clip.unlink(), "", "clip.pt"),
+    ],
+    "mask_generator": [
+        ("no ViT", lambda w: w.vit.unlink(), "", "vit.pth"),
+        ("no photo", lambda w: w.jpg.unlink(), "", "{name}.jpg"),
+    ],
+}
+
+
+class World:
+    """The toy world and the chain's outputs as a user may have damaged them; name is the first training image."""
+
+    def __init__(self, toy, chain, folder):
+        self.voc = shutil.copytree(toy / "VOC2012", folder / "VOC2012")
+        self.out, self.masks = (shutil.copytree(chain / part, folder / part) for part in ("cam", "masks"))
+        self.clip, self.vit = (shutil.copy(toy / file, folder / file) for file in ("clip.pt", "vit.pth"))
+        self.cams, self.name, self.list = self.out / "cams", names_in(self.voc)[0], self.voc / "ImageSets/Segmentation/train.txt"
+        self.jpg, self.xml = self.voc / f"JPEGImages/{self.name}.jpg", self.voc / f"Annotations/{self.name}.xml"
+        self.png, self.npy = self.masks / f"{self.name}.png", self.cams / f"{self.name}.npy"
+        self.truth = self.voc / f"SegmentationClass/{self.name}.png"
+
+    def flags(self, script):
+        data, weights = ["--data", self.voc, "--split", "train"], ["--clip", self.clip, "--vit", self.vit]
+        return {"train_cam": [*data, *weights, "--out", self.out, *TINY],
+                "make_pseudo": [*data, "--cams", self.cams, "--out", self.voc.parent / "new", "--device", "cpu"],
+                "train_seg": [*data, "--labels", self.masks, "--vit", self.vit, "--out", self.voc.parent / "new", "--epochs", 1,
+                              "--crop", 32, "--batch", 4, "--workers", 0, "--device", "cpu"],
+                "eval": [*data, "--json", self.voc.parent / "new/a.json", "--device", "cpu"],
+                "clip_model": ["a", "b", "--image", self.jpg, "--clip", self.clip, "--device", "cpu"],
+                "mask_generator": ["--vit", self.vit, "--image", self.jpg]}[script]
+
+
+@pytest.mark.parametrize("script, damage, flags, says", [pytest.param(script, *row[1:], id=f"{script}: {row[0]}")
+                                                         for script, rows in BAD.items() for row in rows])
+def test_a_mistake_is_one_line_and_exit_code_2(script, damage, flags, says, toy, chain, tmp_path, capsys):
+    world = World(toy, chain, tmp_path)
+    if damage:
+        damage(world)
+    before = files_in(tmp_path)
+    flags = [flag.replace("MASKS", str(world.masks)).replace("CAMS", str(world.cams)).replace("OUT", str(world.out))
+             for flag in flags.split()]
+    with pytest.raises(SystemExit) as end:
+        call(script, *world.flags(script), *flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says.format(name=world.name) in lines[0], "\n".join(lines)
+    assert files_in(tmp_path) == before  # nothing written, whole or half
+
+
+def test_exit_code_of_the_process(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--data", str(tmp_path), "--pred", str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path}: no folder JPEGImages") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ real photos
+
+@pytest.mark.weights
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+def test_chain_on_real_photos(toy, tmp_path):
+    """Four photos of VOC size, the 20 classes, DeiT-Tiny: every stage runs through and writes a file per photo."""
+    root, vit = tmp_path / "voc", REAL / "deit_tiny_patch16_224.pth"
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for folder in ("JPEGImages", "Annotations", "SegmentationClass"):
+        (root / folder).symlink_to(REAL / "voc_mini" / folder)
+    names = names_in(REAL / "voc_mini")[:4]
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(names))
+    data = ["--data", root, "--split", "train"]
+    call("train_cam", *data, "--clip", toy / "clip.pt", "--vit", vit, "--out", tmp_path / "cam", *TINY, "--scales", 0.5)
+    assert files_in(tmp_path / "cam/cams").keys() == {f"{name}.npy" for name in names}
+    call("make_pseudo", *data, "--cams", tmp_path / "cam/cams", "--out", tmp_path / "masks", "--crf", "voc", "--device", "cpu")
+    call("train_seg", *data, "--labels", tmp_path / "masks", "--vit", vit, "--out", tmp_path / "seg", "--epochs", 1, "--batch", 2,
+         "--crop", 96, "--workers", 0, "--device", "cpu")
+    call("eval", *data, "--checkpoint", tmp_path / "seg/seg.pt", "--scales", 0.5, "--json", tmp_path / "s.json",
+         "--save", tmp_path / "saved", "--device", "cpu")
+    for folder in ("masks", "saved"):
+        assert files_in(tmp_path / folder).keys() == {f"{name}.png" for name in names}
+        for name in names:
+            check_label_png(tmp_path / folder / f"{name}.png", Data(root, "train").image(name).size, {*range(21), 255})
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert result["images"] == 4 and len(result["classes"]) == 21 and 0 <= result["miou"] <= 100
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+def test_deit_sees_the_zebra(capsys):
+    call("mask_generator", "--vit", REAL / "deit_tiny_patch16_224.pth",
+         "--image", REAL / "coco_mini/val2014/COCO_val2014_000000000034.jpg")
+    first = capsys.readouterr().out.splitlines()[1].split()
+    assert first[:2] == ["class", "340"] and float(first[2]) == pytest.approx(0.83, abs=0.01)  # what timm says
