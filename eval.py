@@ -69,7 +69,8 @@ def iou(matrix):
 def predict(model, photo, scales, flip, device):
     """PIL photo -> probabilities (C, H, W): mean of the softmax over scales and mirror images."""
     W, H = photo.size
-    normalize = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    normalize = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     total, passes = 0, 0
     for scale in scales:
         size = [max(1, round(side * scale / model.trunk.patch)) * model.trunk.patch for side in (H, W)]
@@ -116,7 +117,8 @@ def parse_args(argv=None):
     what.add_argument("--pred", metavar="DIR", help="score label PNGs")
     what.add_argument("--cams", metavar="DIR", help="score CAMs, cut at --threshold")
     what.add_argument("--checkpoint", metavar="FILE", help="score a segmentation model, seg.pt of train_seg.py")
-    parser.add_argument("--threshold", default="auto", metavar="T", help="--cams: background score, as --bg-score of make_pseudo.py")
+    parser.add_argument("--threshold", default="auto", metavar="T",
+                        help="--cams: background score, as --bg-score of make_pseudo.py")
     parser.add_argument("--oracle-sweep", action=argparse.BooleanOptionalAction, default=False,
                         help="--cams: also the best threshold, FOUND WITH THE MASKS: for analysis, not for results")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="--checkpoint: image scales, averaged")
@@ -126,7 +128,8 @@ def parse_args(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the scores")
     parser.add_argument("--strip", metavar="FILE", help="write a picture strip: photo, columns, prediction, truth")
     parser.add_argument("--strip-count", type=int, default=8, help="images in the strip")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="CAPTION=DIR", help="more columns for the strip: folders of CAMs or label PNGs")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="CAPTION=DIR",
+                        help="more columns for the strip: folders of CAMs or label PNGs")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="nothing here is random; accepted for uniformity")
     return parser.parse_args(argv)
@@ -178,7 +181,8 @@ def main(args):
         return
     per_class = 100 * iou(counts[0])
     names = ["background", *data.classes]
-    result = {"miou": round(float(np.nanmean(per_class)), 3), "iou": {n: None if np.isnan(v) else round(float(v), 3) for n, v in zip(names, per_class)},
+    result = {"miou": round(float(np.nanmean(per_class)), 3),
+              "iou": {n: None if np.isnan(v) else round(float(v), 3) for n, v in zip(names, per_class)},
               "images": len(data.names), "list": args.split, "classes": names, "what": what, "source": getattr(args, what),
               "threshold": threshold, "threshold_chosen": chosen, "scales": args.scales if model else None,
               "flip": args.flip if model else None, "crf": args.crf if model else "none" if args.cams else "as in the files"}
@@ -192,7 +196,8 @@ def main(args):
           + (f", threshold {threshold} ({chosen})" if args.cams else "")
           + (f", scales {args.scales}, flip {args.flip}, CRF {args.crf}" if model else ""))
     if sweep:
-        print(f"{'oracle mIoU':>16}  {result['oracle']['miou']:8.2f}   threshold {result['oracle']['threshold']}, TUNED ON GROUND TRUTH")
+        print(f"{'oracle mIoU':>16}  {result['oracle']['miou']:8.2f}   threshold {result['oracle']['threshold']}, "
+              "TUNED ON GROUND TRUTH")
     if args.json:
         write_file(args.json, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     if args.strip:

@@ -337,7 +337,9 @@ def read_cams(folder, name, present, size):
     if not np.isfinite(cams).all():
         raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
     cams = torch.from_numpy(cams.astype(np.float32))
-    return F.interpolate(cams[None], size=size, mode="bilinear", align_corners=False)[0] if len(present) else cams.new_zeros(0, *size)
+    if len(present) == 0:
+        return cams.new_zeros(0, *size)
+    return F.interpolate(cams[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def picture_strip(rows, captions, path, side=128):
@@ -346,7 +348,8 @@ def picture_strip(rows, captions, path, side=128):
     for column, caption in enumerate(captions):
         ImageDraw.Draw(sheet).text((column * (side + 4) + 4, 2), caption, fill="black")
         for row, cells in enumerate(rows):
-            sheet.paste(cells[column].convert("RGB").resize((side, side), Image.NEAREST), (column * (side + 4), row * (side + 4) + 16))
+            cell = cells[column].convert("RGB").resize((side, side), Image.NEAREST)
+            sheet.paste(cell, (column * (side + 4), row * (side + 4) + 16))
     write_file(path, sheet.save)
 
 
@@ -380,7 +383,7 @@ def background_score(choice, data, folder):
 
 def score_labels(cams, present, threshold):
     """[eq. P1]  argmax over (threshold, CAMs): cams (n, H, W) -> labels uint8 (H, W), 0 or 1 + class."""
-    scores = torch.cat([torch.full_like(cams[:1], threshold) if len(cams) else cams.new_full((1, *cams.shape[1:]), threshold), cams])
+    scores = torch.cat([cams.new_full((1, *cams.shape[1:]), threshold), cams])                  # (1 + n, H, W)
     return np.array([0, *(1 + present)], np.uint8)[scores.argmax(0).numpy()]
 
 

@@ -54,7 +54,8 @@ from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length.
 
 PHASES = ["classify", "match", "prompts", "refine"]
-VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+               "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 CLIP_WORDS = {"diningtable": "dining table", "person": "player", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
@@ -434,7 +435,8 @@ def parse_args(argv=None):
     recipe.add_argument("--batch", type=int, default=64, help="images per step, over all processes")
     recipe.add_argument("--lr", type=float, default=6.4e-5, help="AdamW's rate in classify, match and refine; COCO 3.2e-7")
     recipe.add_argument("--weight-decay", type=float, default=0.03, help="AdamW's, in every phase")
-    recipe.add_argument("--lambda-b", type=float, default=2.4, help="weight of the background term of L_match; larger: bigger masks; COCO 0.75")
+    recipe.add_argument("--lambda-b", type=float, default=2.4,
+                        help="weight of the background term of L_match; larger: bigger masks; COCO 0.75")
     recipe.add_argument("--lambda-r", type=float, default=0.05, help="weight of L_refine; larger: tighter masks; COCO 0.2")
     recipe.add_argument("--prompt-length", type=int, default=30, help="vectors per prompt, at most 71 with OpenAI's CLIP")
     recipe.add_argument("--prompt-epochs", type=int, default=60, help="epochs of prompts")
@@ -442,11 +444,13 @@ def parse_args(argv=None):
     recipe.add_argument("--prompt-lr", type=float, default=2.5e-2, help="AdamW's rate in prompts; COCO 2.5e-3")
     recipe.add_argument("--prompt-views", type=int, default=4, help="random crops of each image that prompts learns from")
     recipe.add_argument("--lambda-t", type=float, default=0.02, help="weight of L_T; larger: further from the class; COCO 0.01")
-    recipe.add_argument("--repel", choices=["text", "text-log", "image"], default="text", help="what L_T pushes the prompt away from")
+    recipe.add_argument("--repel", choices=["text", "text-log", "image"], default="text",
+                        help="what L_T pushes the prompt away from: the class text, the same unbounded, the foreground")
     recipe.add_argument("--min-area", type=float, default=0.08, help="smallest crop, as a share of the image")
     recipe.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
                         help="RandAugment and random erasing in classify, match and refine")
-    recipe.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.2], help="export: each scale and its flip; COCO 1.0 0.8 1.2")
+    recipe.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.2],
+                        help="export: each scale and its flip; COCO 1.0 0.8 1.2")
     return parser.parse_args(argv)
 
 

@@ -82,7 +82,8 @@ class Labelled(Dataset):
     def __init__(self, data, folder, side, seed, scales):
         self.data, self.folder, self.side, self.seed, self.epoch, self.scales = data, Path(folder), side, seed, 0, scales
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
-        self.place = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.05), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+        self.place = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
+                                 v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
                                  v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomHorizontalFlip(),
                                  v2.RandomCrop(side, pad_if_needed=True, fill=fill)])  # beside the photo: mean colour, 255
 
@@ -119,18 +120,22 @@ def parse_args(argv=None):
     files = parser.add_argument_group("files")
     files.add_argument("--data", required=True, metavar="ROOT", help="VOC 2012 root")
     files.add_argument("--split", default="train", help="list in ImageSets/Segmentation")
-    files.add_argument("--labels", required=True, metavar="DIR", help="NAME.png: pseudo masks, or ROOT/SegmentationClass for full supervision")
+    files.add_argument("--labels", required=True, metavar="DIR",
+                       help="NAME.png: pseudo masks, or ROOT/SegmentationClass for full supervision")
     files.add_argument("--vit", required=True, metavar="CKPT", help="ImageNet-pretrained DeiT")
     files.add_argument("--out", required=True, metavar="DIR", help="where seg.pt and log.jsonl go")
     work = parser.add_argument_group("what to run")
-    work.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on where a killed run with the same flags stopped")
+    work.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
+                      help="go on where a killed run with the same flags stopped")
     work.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     work.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
     recipe = parser.add_argument_group("recipe (defaults: VOC)")
-    recipe.add_argument("--decoder", choices=["mask", "linear"], default="mask", help="Segmenter's mask transformer, or one linear layer")
+    recipe.add_argument("--decoder", choices=["mask", "linear"], default="mask",
+                        help="Segmenter's mask transformer, or one linear layer")
     recipe.add_argument("--crop", type=int, default=480, help="side of the training crop in pixels")
-    recipe.add_argument("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="random resize before the crop")
+    recipe.add_argument("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"),
+                        help="random resize before the crop")
     recipe.add_argument("--epochs", type=int, default=60, help="passes over the split")
     recipe.add_argument("--batch", type=int, default=16, help="images per step, over all processes")
     recipe.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw suits short runs of small models")

@@ -54,7 +54,8 @@ def main(args):
         command("eval.py", f"--data {voc} --split train --pred {out}/{name} --json {out}/{name}.json")
     for name, labels in (("seg", f"{out}/masks"), ("full", f"{voc}/SegmentationClass")):
         command("train_seg.py", common, f"--labels {labels} --vit {out}/vit.pth --out {out}/{name} --workers 0", FLAGS["seg"])
-        command("eval.py", f"--data {voc} --split val --checkpoint {out}/{name}/seg.pt --json {out}/{name}.json --save {out}/pred_{name}")
+        command("eval.py", f"--data {voc} --split val --checkpoint {out}/{name}/seg.pt --json {out}/{name}.json",
+                f"--save {out}/pred_{name}")
     command("eval.py", f"--data {voc} --split train --checkpoint {out}/seg/seg.pt --strip {out}/strip.png --columns "
             f"classify={out}/cams_classify match={out}/cams_match refine={out}/cams_refine 'no CRF'={out}/masks_plain "
             f"'pseudo mask'={out}/masks")

@@ -107,7 +107,7 @@ def test_embed_regions_equals_pair_by_pair(clip, labels, H, W):
             only = torch.zeros(1, 6).index_fill(1, torch.tensor(c), 1)
             single = embed_regions(clip, image[b:b + 1], cam[b:b + 1], only, eps=0.1)
             torch.testing.assert_close(torch.cat([v_f[row:row + 1], v_b[row:row + 1]]), torch.cat(single[:2]),
-                                       atol=2e-5, rtol=2e-5)  # measured 2e-6
+                                       atol=3e-5, rtol=2e-5)  # measured 3e-6
         for parts, kept, left in (("f", 0, 1), ("b", 1, 0)):
             half = embed_regions(clip, image, cam, labels, 0.1, parts)
             assert half[left] is None
@@ -139,7 +139,8 @@ def test_load_vit_uses_every_key(toy, tmp_path):
     assert (vit.patch, vit.width, len(vit.blocks), vit.grid) == (4, 128, 4, (16, 16))
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "bare.pth")  # no "model", half precision
     assert load_vit(tmp_path / "bare.pth").norm.weight.dtype == torch.float32
-    for name, change in (("more", {**state, "dist_token": torch.zeros(1)}), ("less", {k: v for k, v in state.items() if k != "norm.bias"})):
+    less = {key: value for key, value in state.items() if key != "norm.bias"}
+    for name, change in (("more", {**state, "dist_token": torch.zeros(1)}), ("less", less)):
         torch.save({"model": change}, tmp_path / f"{name}.pth")
         with pytest.raises(InputError, match="dist_token|norm.bias"):
             load_vit(tmp_path / f"{name}.pth")
@@ -356,7 +357,7 @@ def test_two_processes_equal_one(toy, chain, cam, tmp_path):
         found = torch.load(two / f"{phase}.pt", weights_only=True)[key]
         torch.testing.assert_close(found, expected[phase][key], atol=2e-4, rtol=0)
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, two)]
-    assert [(row["phase"], row["epoch"], row["step"]) for row in logs[1]] == [(row["phase"], row["epoch"], row["step"]) for row in logs[0]]
     for a, b in zip(*logs, strict=True):
+        assert [a[key] for key in ("phase", "epoch", "step")] == [b[key] for key in ("phase", "epoch", "step")]
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
     assert sorted(path.name for path in (one / "cams").iterdir()) == sorted(path.name for path in (two / "cams").iterdir())
