@@ -307,7 +307,7 @@ def read_labels(path, size, num_labels):
     try:
         with Image.open(path) as picture:
             mode, labels = picture.mode, np.asarray(picture)
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # Pillow calls a broken chunk a SyntaxError
         raise InputError(f"{path}: no readable label image ({error}); expected a palette PNG with class numbers; "
                          "write it with make_pseudo.py, or pass the folder that holds it") from None
     if mode not in ("P", "L"):
@@ -411,7 +411,7 @@ def is_whole(path):
         with Image.open(path) as picture:
             picture.load()
         return True
-    except OSError:
+    except (OSError, SyntaxError):
         return False
 
 

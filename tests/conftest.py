@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--epochs", "1", "--batch", "4", "--prompt-epochs", "1", "--prompt-views", "1", "--prompt-batch", "8", "--lr", "1e-3", "--workers", "0", "--device", "cpu"]
+TINY = ["--epochs", "1", "--batch", "4", "--prompt-epochs", "1", "--prompt-views", "1", "--prompt-batch", "8", "--lr", "1e-3",
+        "--workers", "0", "--device", "cpu"]
 
 
 def run_script(script, *flags, **options):

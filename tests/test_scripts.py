@@ -179,7 +179,8 @@ def test_full_supervision_and_export_of_a_phase(toy, chain, tmp_path):
     """--labels ROOT/SegmentationClass as it stands, 255 and all; --phase export --checkpoint --cams without CLIP and ViT."""
     voc = toy / "VOC2012"
     call("train_seg", "--data", voc, "--labels", voc / "SegmentationClass", "--vit", toy / "vit.pth", "--out", tmp_path / "seg",
-         "--decoder", "linear", "--crop", 80, "--epochs", 1, "--batch", 6, "--workers", 0, "--device", "cpu", "--optimizer", "adamw")
+         "--decoder", "linear", "--crop", 80, "--epochs", 1, "--batch", 6, "--optimizer", "adamw", "--workers", 0,
+         "--device", "cpu")
     assert files_in(tmp_path / "seg").keys() == {"seg.pt", "log.jsonl"}
     call("train_cam", "--data", voc, "--split", "val", "--out", tmp_path / "cam", "--phase", "export", "--checkpoint",
          chain / "cam/match.pt", "--cams", tmp_path / "match", "--scales", 1, "--device", "cpu")

@@ -353,9 +353,9 @@ def test_two_processes_equal_one(toy, chain, cam, tmp_path):
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    for phase, key in (("match", "generator"), ("refine", "generator"), ("prompts", "vectors")):
+    for phase, key, atol in (("match", "generator", 5e-7), ("refine", "generator", 5e-7), ("prompts", "vectors", 2e-4)):
         found = torch.load(two / f"{phase}.pt", weights_only=True)[key]
-        torch.testing.assert_close(found, expected[phase][key], atol=2e-4, rtol=0)
+        torch.testing.assert_close(found, expected[phase][key], atol=atol, rtol=0)  # measured 5e-8, 5e-8, 2e-5
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, two)]
     for a, b in zip(*logs, strict=True):
         assert [a[key] for key in ("phase", "epoch", "step")] == [b[key] for key in ("phase", "epoch", "step")]
