@@ -79,7 +79,9 @@ def run(main, args):
     try:
         main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a data loader's worker wraps the message in its traceback: the last line is ours
+        message = str(error).strip().splitlines()[-1].removeprefix("clip_model.InputError: ")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

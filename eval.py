@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from clip_model import run
+from clip_model import InputError, run
 from make_pseudo import (
     PALETTE,
     PRESETS,
@@ -139,6 +139,9 @@ def main(args):
     rank, world, device = start_processes(args.device)
     data = Data(args.data, args.split)
     C = len(data.classes) + 1
+    for column in args.columns:
+        if "=" not in column:
+            raise InputError(f"--columns {column}: expected CAPTION=DIR, DIR a folder of CAMs or label PNGs")
     what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
     threshold, chosen = background_score(args.threshold, data, args.cams) if args.cams else (None, None)
     model = load_segmenter(args.checkpoint, data.classes).to(device) if args.checkpoint else None

@@ -73,8 +73,8 @@ def crf_features(image, sxy, srgb=None):
     if not (sxy > 0 and (srgb is None or srgb > 0)):
         raise ValueError(f"sxy and srgb must be positive, not {sxy} and {srgb}")
     H, W, _ = image.shape
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    position = torch.stack([x, y]).flatten(1).to(image.device).float()  # (2, H*W)
+    y, x = torch.meshgrid(*(torch.arange(size, device=image.device) for size in (H, W)), indexing="ij")
+    position = torch.stack([x, y]).flatten(1).float()  # (2, H*W)
     if srgb is None:
         return position / position.new_tensor(sxy)  # a tensor, as a GPU would multiply by 1 / number
     colour = image.flatten(0, 1).t().float()  # (3, H*W)
@@ -230,8 +230,8 @@ def dense_crf(image, prob, gaussian=(3, 3), bilateral=(50, 5, 10), iterations=10
     image: uint8 (H, W, 3), RGB.
     prob: float (C, H, W) in [0, 1], the probability of each label at each pixel; its device is the one that works.
         Only labels that may occur are worth their time. For labels instead of probabilities see `hard_unary`.
-    gaussian: (sxy, weight), the kernel that removes specks. sxy is its standard deviation in pixels, weight what
-        neighbours that all agree on a label add to its logarithm, about. None leaves the kernel out.
+    gaussian: (sxy, weight), the kernel that removes specks. sxy is its standard deviation in pixels; about `weight` is
+        added to the log-probability of a label that all neighbours agree on. None leaves the kernel out.
     bilateral: (sxy, srgb, weight), the kernel that follows edges; srgb is the standard deviation in grey levels 0..255
         of each colour channel: pixels within sxy and srgb of each other want the same label. None leaves it out.
     iterations: mean-field steps [eq. C3]. Most labels settle in 5.
@@ -307,7 +307,7 @@ def read_labels(path, size, num_labels):
     try:
         with Image.open(path) as picture:
             mode, labels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError) as error:  # Pillow calls a broken chunk a SyntaxError
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken chunk a SyntaxError
         raise InputError(f"{path}: no readable label image ({error}); expected a palette PNG with class numbers; "
                          "write it with make_pseudo.py, or pass the folder that holds it") from None
     if mode not in ("P", "L"):
@@ -327,12 +327,12 @@ def read_cams(folder, name, present, size):
     path = Path(folder) / f"{name}.npy"
     try:
         cams = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: no readable CAMs ({error}); expected the .npy file of train_cam.py --phase export; "
                          "export again or pass the right folder") from None
     expected = (len(present), -(-size[0] // 4), -(-size[1] // 4))
-    if cams.shape != expected:
-        raise InputError(f"{path}: shape {cams.shape}, the image has {len(present)} classes and {size[0]}x{size[1]} pixels; "
+    if getattr(cams, "shape", None) != expected:
+        raise InputError(f"{path}: shape {getattr(cams, 'shape', None)}, the image has {len(present)} classes and {size[0]}x{size[1]} pixels; "
                          f"expected {expected}; these CAMs are of another class list or data set: export them again")
     if not np.isfinite(cams).all():
         raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
@@ -371,7 +371,10 @@ def otsu(histogram):
 def background_score(choice, data, folder):
     """--bg-score: a number, or "auto": Otsu's threshold on the strongest CAM at each pixel, over the whole split."""
     if choice != "auto":
-        return float(choice), "given"
+        try:
+            return float(choice), "given"
+        except ValueError:
+            raise InputError(f"--bg-score or --threshold {choice}: expected a number in (0, 1) or auto") from None
     histogram = torch.zeros(100)
     for name in tqdm(data.names, desc="background score", disable=None):
         present = np.flatnonzero(data.labels(name))
@@ -411,7 +414,7 @@ def is_whole(path):
         with Image.open(path) as picture:
             picture.load()
         return True
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, ValueError):
         return False
 
 

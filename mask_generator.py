@@ -135,7 +135,7 @@ def load_vit(path):
         raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected a DeiT "
                          "checkpoint; download it again") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
-    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - set(state)
+    missing = {"patch_embed.proj.weight", "blocks.0.norm1.weight", "pos_embed", "cls_token", "norm.weight"} - set(state)
     if missing:
         raise InputError(f"{path}: not a DeiT checkpoint (no {sorted(missing)[0]}); expected timm's key names; "
                          "pass a DeiT file (not a distilled one) with --vit")

@@ -378,13 +378,15 @@ def background_regions(clip, generator, dataset, views, device, rank, world):
             image, labels, _ = (torch.stack(list(map(torch.as_tensor, z))).to(device) for z in
                                 zip(*(dataset[i] for i in indices[start:start + 64])))
             v_f, v_b, k = embed_regions(clip, image, generator(image)[0], labels, eps=1e-4)
-            rows.append((v_f.cpu(), v_b.cpu(), k.cpu()))
+            order = epoch * len(dataset) + torch.tensor(indices[start:start + 64])  # the pair's place in a run of one process
+            rows.append((v_f.cpu(), v_b.cpu(), k.cpu(), order.repeat_interleave(labels.sum(dim=1).long().cpu())))
     parts = [torch.cat(column) for column in zip(*rows)]
     if dist.is_initialized():
         everyone = [None] * world
         dist.all_gather_object(everyone, parts)
         parts = [torch.cat(column) for column in zip(*everyone)]
-    return parts
+    order = parts.pop().argsort(stable=True)
+    return [part[order] for part in parts]
 
 
 @torch.no_grad()
@@ -403,8 +405,8 @@ def export_cams(generator, data, folder, scales, device, rank, world):
             x = normalize(v2.functional.resize(photo, size, InterpolationMode.BICUBIC))[None].to(device)
             for flip in (False, True):
                 cam, _ = generator(x.flip(3) if flip else x)
-                cam = (cam.flip(3) if flip else cam)[:, present]                                # (1, n, h, w)
-                total = total + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)[0]
+                cam = cam.flip(3) if flip else cam                                              # (1, K, h, w)
+                total = total + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)[0, present]
         maps = region_masks(total, quarter, eps=1e-6)[:, 0] if len(present) else total          # (n, H/4, W/4)
         write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps.cpu().numpy().astype(np.float16)))
 
@@ -456,9 +458,8 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = start_processes(args.device)
-    out = Path(args.out)
+    out, data = Path(args.out), Data(args.data, args.split)
     out.mkdir(parents=True, exist_ok=True)
-    data = Data(args.data, args.split)
     K = len(data.classes)
     phases = [args.phase] if args.phase != "all" else [*PHASES, "export"]
     remedy = "run the earlier phases first (--phase all runs them in order)"
@@ -495,6 +496,10 @@ def main(args):
                 parameter.requires_grad_(True)
             if phase == "refine":
                 prompts = read_checkpoint(out / "prompts.pt", "vectors", remedy)
+                if prompts["classes"] != data.classes or prompts["vectors"].shape[2] != clip.text_width:
+                    raise InputError(f"{out / 'prompts.pt'}: prompts for {len(prompts['classes'])} classes of width "
+                                     f"{prompts['vectors'].shape[2]}; expected those of this data and CLIP ({K}, "
+                                     f"{clip.text_width}); run --phase prompts again")
                 with torch.no_grad():
                     u_b = clip.encode_prompts(prompts["vectors"].to(device))                    # (K, E)
 
@@ -502,7 +507,8 @@ def main(args):
                 cam, _ = generator(image, frozen_trunk=True)
                 v_f, v_b, k = embed_regions(clip, image, cam, labels, eps=0.1)                  # (N, E), (N, E), (N,)
                 if len(k) == 0:
-                    return {"loss": 0 * cam.sum()}, 0
+                    names = ["match", "loss", *(["refine"] if phase == "refine" else [])]  # as below: sums run over processes
+                    return dict.fromkeys(names, 0 * cam.sum()), 0
                 values = {"match": match_loss(v_f, v_b, u_f[k], args.lambda_b)}
                 values["loss"] = values["match"]
                 if phase == "refine":

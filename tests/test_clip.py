@@ -675,7 +675,7 @@ def test_preprocess_of_real_photos():
         assert torch.equal(preprocess(Image.open(path), 64), preprocess(read_image(path), 64))
 
 
-def test_preprocess_of_transparent_and_palette_images():
+def test_transparent_and_palette_images(tmp_path):
     """[detail C4]: colours are mixed as colours, not as entries of a palette."""
     palette = Image.fromarray(np.random.default_rng(0).integers(0, 3, (90, 120)).astype(np.uint8))
     palette.putpalette([250, 0, 0, 0, 200, 90, 30, 60, 150])
@@ -683,6 +683,8 @@ def test_preprocess_of_transparent_and_palette_images():
     assert image.getcolors() is not None and palette.mode == "P"
     for other in (palette, image.convert("RGBA")):
         assert torch.equal(preprocess(other, 64), preprocess(image, 64))
+        other.save(tmp_path / "other.png")
+        assert read_image(tmp_path / "other.png") == image
 
 
 def test_images_that_cannot_be_read(tmp_path):
