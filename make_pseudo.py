@@ -332,7 +332,8 @@ def read_cams(folder, name, present, size):
                          "export again or pass the right folder") from None
     expected = (len(present), -(-size[0] // 4), -(-size[1] // 4))
     if getattr(cams, "shape", None) != expected:
-        raise InputError(f"{path}: shape {getattr(cams, 'shape', None)}, the image has {len(present)} classes and {size[0]}x{size[1]} pixels; "
+        raise InputError(f"{path}: shape {getattr(cams, 'shape', None)}, the image has {len(present)} classes and "
+                         f"{size[0]}x{size[1]} pixels; "
                          f"expected {expected}; these CAMs are of another class list or data set: export them again")
     if not np.isfinite(cams).all():
         raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
