@@ -458,7 +458,7 @@ def main(args):
     if args.retrain:
         clip = new_clip()
         train_image_tower(clip)
-        train_text_tower(clip, usual, steps=3000)
+        train_text_tower(clip, usual, steps=2000)
         pack(clip, train_vit())
         return
     pairs = read_pairs(args.pairs)
