@@ -27,6 +27,7 @@ SIZES = {"ViT-B/32": (224, 32, 768, 12, 512, 12, 512), "ViT-B/16": (224, 16, 768
          "ViT-L/14": (224, 14, 1024, 24, 768, 12, 768), "toy": (64, 8, 128, 4, 128, 2, 64)}
 WORDS = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog", "horse",
          "motorbike", "player", "plant", "sheep", "sofa", "train", "screen"]
+NAMES = ["ours", "theirs", "theirs, frozen"]  # as its loader returns it, the reference computes every weight's gradient
 LIMITS = {"image forward": 0.95, "text forward, 20 sentences": 0.95, "image forward + backward to the pixels": 0.7}
 
 
@@ -39,7 +40,6 @@ def build(name, size, seed=0):
         warnings.simplefilter("ignore")  # the reference imports pkg_resources
         from clip.model import CLIP as Reference
     model = Reference(embed_dim, resolution, layers, width, patch, 77, 49408, text_width, text_width // 64, text_layers)
-    # As its loader returns it, the reference computes the gradient of every weight, asked or not.
     return model.eval().requires_grad_(name == "theirs")
 
 
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="more of them on a busy machine (default: %(default)s)")
-    parser.add_argument("--memory-of", choices=["ours", "theirs", "theirs, frozen"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -103,10 +103,9 @@ def main(argv=None):
         return measure_memory(args)
 
     size = SIZES[args.model]
-    models = {name: build(name, size) for name in ("ours", "theirs", "theirs, frozen")}
-    for name in ("theirs", "theirs, frozen"):
-        models[name].load_state_dict(models["ours"].state_dict())
-    ours, theirs, frozen = models.values()
+    ours, theirs = build("ours", size), build("theirs", size)
+    with torch.no_grad():
+        theirs.load_state_dict(ours.state_dict())
     x = torch.randn(args.batch, 3, size[0], size[0])
     tokens = tokenize([f"a photo of {word}." for word in WORDS])
     full = tokenize(["a photo of " + f"{word} " * 30 + "." for word in WORDS])  # as long as a learned prompt of 30
@@ -118,50 +117,50 @@ def main(argv=None):
           f"relative error of the features {max(errors):.1e}\n")
 
     print(f"{'CPU, float32, milliseconds':<56}{'ours':>9}{'theirs':>9}{'ratio':>8}{'at most':>9}")
-    rows = [("image forward", torch.no_grad()(lambda m: m.encode_image(x)), theirs),
-            ("text forward, 20 sentences", torch.no_grad()(lambda m: m.encode_text(tokens)), theirs),
-            ("text forward, 20 sentences of 36 tokens", torch.no_grad()(lambda m: m.encode_text(full)), theirs),
-            ("image forward + backward to the pixels", lambda m: backward(m, x), theirs),
-            ("  the same, the reference's weights frozen too", lambda m: backward(m, x), frozen)]
     missed = []
-    for name, call, other in rows:
-        mine, yours, ratio = race(lambda call=call: call(ours), lambda call=call, other=other: call(other), args.rounds)
+    for name, call, frozen in [
+            ("image forward", torch.no_grad()(lambda m: m.encode_image(x)), False),
+            ("text forward, 20 sentences", torch.no_grad()(lambda m: m.encode_text(tokens)), False),
+            ("text forward, 20 sentences of 36 tokens", torch.no_grad()(lambda m: m.encode_text(full)), False),
+            ("image forward + backward to the pixels", lambda m: backward(m, x), False),
+            ("  the same, the reference's weights frozen too", lambda m: backward(m, x), True)]:
+        theirs.requires_grad_(not frozen)
+        mine, yours, ratio = race(lambda call=call: call(ours), lambda call=call: call(theirs), args.rounds)
         limit = LIMITS.get(name)
         print(f"{name:<56}{1e3 * mine:9.0f}{1e3 * yours:9.0f}{ratio:8.2f}{limit or '':>9}", flush=True)
         missed += [name] * bool(limit and ratio > limit)
 
-    tokens = args.batch * ((size[0] // size[1]) ** 2 + 1)
-    a, w, b = torch.randn(tokens, size[2]), torch.randn(4 * size[2], size[2]), torch.randn(4 * size[2])
+    number = args.batch * ((size[0] // size[1]) ** 2 + 1)
+    a, w, b = torch.randn(number, size[2]), torch.randn(4 * size[2], size[2]), torch.randn(4 * size[2])
     with torch.no_grad():
         mine, yours, ratio = race(lambda: linear(a, w, b), lambda: torch.nn.functional.linear(a, w, b), 4 * args.rounds)
-    print(f"{f'linear() and F.linear, {tokens} x {size[2]} -> {4 * size[2]}':<56}{1e3 * mine:9.1f}{1e3 * yours:9.1f}{ratio:8.2f}")
+    print(f"{f'linear() and F.linear, {number} x {size[2]} -> {4 * size[2]}':<56}{1e3 * mine:9.1f}{1e3 * yours:9.1f}{ratio:8.2f}")
 
+    if torch.cuda.is_available():
+        gpu(args, ours, theirs)
     if Path("/proc/self/clear_refs").exists():
-        print(f"\n{'peak memory of forward + backward, MiB':<56}{'MiB':>9}{'ratio':>17}")
+        print(f"\n{'peak memory of forward + backward':<56}{'MiB':>9}{'ratio':>17}")
         flags = ["--model", args.model, "--batch", str(args.batch), "--threads", str(args.threads), "--memory-of"]
         peak = {name: float(subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "clip", *flags, name],
-                                           check=True, capture_output=True, text=True).stdout) for name in models}
+                                           check=True, capture_output=True, text=True).stdout) for name in NAMES}
         for name, value in peak.items():
             print(f"{name:<56}{value:9.0f}{peak['ours'] / value:17.2f}")
         missed += ["memory"] * (peak["ours"] > peak["theirs"])
-
-    if torch.cuda.is_available():
-        gpu(args, ours, frozen)
     print("\nmissed: " + ", ".join(missed) if missed else "\nall within their limits")
 
 
-def gpu(args, ours, frozen):
+def gpu(args, ours, theirs):
     """Images a second at batch 64, weights frozen in both, with autocast to bfloat16 and without."""
     name = torch.cuda.get_device_name()
     print(f"\n{name + ', batch 64, images a second':<56}{'ours':>9}{'theirs':>9}{'time ratio':>12}")
     x = torch.randn(64, 3, ours.resolution, ours.resolution, device="cuda")
     ours.cuda()
-    frozen.cuda()
+    theirs.cuda().requires_grad_(False)
     for autocast in (False, True):
         for task, call in [("forward", torch.no_grad()(lambda m: m.encode_image(x))),
                            ("forward + backward", lambda m: backward(m, x))]:
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                mine, yours, ratio = race(lambda call=call: call(ours), lambda call=call: call(frozen), 4 * args.rounds,
+                mine, yours, ratio = race(lambda call=call: call(ours), lambda call=call: call(theirs), 4 * args.rounds,
                                           torch.cuda.synchronize)
             print(f"{task + (', autocast bfloat16' if autocast else ', float32'):<56}{64 / mine:9.0f}{64 / yours:9.0f}"
                   f"{ratio:12.2f}")
