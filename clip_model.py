@@ -2,23 +2,23 @@
 
     v = E_I(X)         image tower: a ViT over patches, read at its class token      X (3, R, R)        -> v (E,)
     u = E_T(t)         text tower: a causal transformer, read at [EOT]               t up to 77 tokens  -> u (E,)
-    u = E_T(p)         a learned prompt p = p_1 .. p_P in place of the class name,                         [eq. C1]
+    u = E_T(p)         a learned prompt p = p_1 .. p_P in place of the class name,                         [eq. L1]
                        in the sentence [SOT] a photo of [p_1 .. p_P] . [EOT]
-    P(t_i | X) = softmax_i( exp(s) cos(v, u_i) )                                     zero-shot classes     [eq. C2]
+    P(t_i | X) = softmax_i( exp(s) cos(v, u_i) )                                     zero-shot classes     [eq. L2]
 
 Both towers share one space of width E; SemPLeS uses the cosine alone, without the scale s and without the softmax.
-The numbers are OpenAI's to about 1e-6, from OpenAI's weights, and nothing here is ever trained but the prompt vectors.
+The numbers are OpenAI's to about 2e-6, relative; in training, only the prompt vectors ever change, never the towers.
 
 Reads: a CLIP checkpoint: a name (downloaded once to ~/.cache/clip) or a file, as OpenAI ships it or as a state dict;
 bpe_simple_vocab_16e6.txt.gz, the tokenizer's merges; tests/nouns.txt, words to name a prompt with. Writes nothing else.
 
 Where this file departs from OpenAI's code:
-    [detail C1] The prompt's full stop is the word-final token 269, which the tokenizer gives for "a photo of a cat.";
+    [detail L1] The prompt's full stop is the word-final token 269, which the tokenizer gives for "a photo of a cat.";
                 the SemPLeS code has 13, the full stop inside a word. So real words as p give exactly encode_text's u.
-    [detail C2] Nothing is computed that cannot reach the result: text after the longest [EOT] of the batch (the mask is
+    [detail L2] Nothing is computed that cannot reach the result: text after the longest [EOT] of the batch (the mask is
                 causal), and in the last block every token but the one that is read.
-    [detail C3] float32 throughout, where OpenAI's archives hold half precision. Autocast is the caller's choice.
-    [detail C4] preprocess converts to RGB before it resizes, not after: only palette and transparent images differ.
+    [detail L3] float32 throughout, where OpenAI's archives hold half precision. Autocast is the caller's choice.
+    [detail L4] preprocess converts to RGB before it resizes, not after: only palette and transparent images differ.
 
     python clip_model.py --clip ViT-B/32 --image photo.jpg "a photo of a cat" "a photo of a dog"    # zero-shot
     python clip_model.py --clip runs/toy/clip.pt --image scene.jpg "a photo of boat." "a photo of water."
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
     def forward(self, x, read, mask=None):
-        """x (B, T, D), positions read (B,), mask (1, 1, T, T) -> the tokens read, (B, D). [detail C2]"""
+        """x (B, T, D), positions read (B,), mask (1, 1, T, T) -> the tokens read, (B, D). [detail L2]"""
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)
@@ -322,7 +322,7 @@ class CLIP(nn.Module):
         self.transformer = Transformer(text_width, text_layers)
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -0.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # s of [eq. C2]
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # s of [eq. L2]
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, x):
@@ -337,9 +337,9 @@ class CLIP(nn.Module):
         return self.read_text(self.token_embedding(tokens[:, :int(eot.max()) + 1]), eot)
 
     def encode_prompts(self, vectors):
-        """Learned prompts p (K, P, text width), 1 <= P <= max_prompt_length -> features u (K, E), in one pass. [eq. C1]
+        """Learned prompts p (K, P, text width), 1 <= P <= max_prompt_length -> features u (K, E), in one pass. [eq. L1]
 
-        The sentence is [SOT] a photo of [p_1 .. p_P] . [EOT]; what follows [EOT] cannot be seen from it. [detail C1]
+        The sentence is [SOT] a photo of [p_1 .. p_P] . [EOT]; what follows [EOT] cannot be seen from it. [detail L1]
         """
         K, P, D = vectors.shape
         assert self.text_width == D, (D, self.text_width)
@@ -475,7 +475,7 @@ def load_clip(name_or_path, device="cpu", cache="~/.cache/clip"):
 
 def preprocess(image, resolution):
     """A PIL image -> (3, R, R): short side resized to R, bicubic with antialiasing, centre crop, normalised."""
-    image = TF.resize(image.convert("RGB"), resolution, TF.InterpolationMode.BICUBIC)             # [detail C4]
+    image = TF.resize(image.convert("RGB"), resolution, TF.InterpolationMode.BICUBIC)             # [detail L4]
     return TF.normalize(TF.to_tensor(TF.center_crop(image, resolution)), CLIP_MEAN, CLIP_STD)
 
 
@@ -519,7 +519,7 @@ def main(args):
     tokens = tokenize(args.texts, clip.context_length).to(device)                                 # (K, T)
     v = F.normalize(clip.encode_image(preprocess(image, clip.resolution)[None].to(device)), dim=1)  # (1, E)
     u = F.normalize(clip.encode_text(tokens), dim=1)                                              # (K, E)
-    probability = (clip.logit_scale.exp() * v @ u.T).softmax(dim=1)[0]                            # (K,)  [eq. C2]
+    probability = (clip.logit_scale.exp() * v @ u.T).softmax(dim=1)[0]                            # (K,)  [eq. L2]
     for text, p in zip(args.texts, probability.tolist(), strict=True):
         print(f"{p:7.2%}  {text}")
 

@@ -46,9 +46,10 @@ SIZES = {"toy": (64, 64, 4, 128, 8, 77, 49408, 128, 2, 2), "ViT-B/32": (512, 224
 TEXTS = ["a photo of a cat.", "dog", "", "two people ride bicycles along the river, and a train passes behind them",
          "a photo of " + "very " * 70 + "old boat"]  # 8, 3, 2, 16 and 77 tokens
 
-# max |ours - theirs| / max |theirs|. Measured on a 2-core CPU: features and blocks up to 6e-7, gradients up to 5e-7
-# (toy) and 9e-7 (ViT-B/32). Both sum in float32, in another order.
-TOLERANCE = 5e-6
+# max |ours - theirs| / max |theirs|, float32, sums in another order. Measured on two cores of an AMD EPYC, the worst of
+# each kind: ViT-B/32 blocks of the image tower 2.3e-6, of the text tower 1.1e-6, pixel gradients 1.6e-6, prompt
+# gradients 2.0e-6; toy size at most 8e-7 throughout. Ten times the worst would exceed 1e-5, the most that is allowed.
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +203,7 @@ def test_the_probabilities_of_the_reference(toy):
     x, tokens = images(clip, 4), tokenize(TEXTS)                                                   # 4 images, 5 texts
     v, u = F.normalize(clip.encode_image(x), dim=1), F.normalize(clip.encode_text(tokens), dim=1)
     ours = (clip.logit_scale.exp() * v @ u.T).softmax(dim=1)
-    assert error(ours, theirs(x, tokens)[0].softmax(dim=1)) < 1e-4  # the scale multiplies the error by 14
+    assert error(ours, theirs(x, tokens)[0].softmax(dim=1)) < TOLERANCE  # measured 6e-7
 
 
 def test_linear_is_a_linear_layer():
@@ -239,7 +240,7 @@ def test_autocast_stays_close(toy):
     x = images(clip, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         v = clip.encode_image(x).float()
-    assert 1e-5 < error(v, clip.encode_image(x)) < 0.05  # bfloat16 has 8 bits
+    assert 1e-5 < error(v, clip.encode_image(x)) < 0.03  # measured 0.003: bfloat16 has 8 bits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
