@@ -344,7 +344,7 @@ def test_the_ids_of_the_reference_on_any_text(text):
 def test_known_ids():
     assert tokenize("a photo of a cat.")[0, :9].tolist() == [49406, 320, 1125, 539, 320, 2368, 269, 49407, 0]
     assert tokenizer().encode("photos snowcat") == [2479, 3880, 2368]
-    assert tokenizer().encode("a photo of .")[-1] == 269  # [detail C1]: the word-final full stop, not 13
+    assert tokenizer().encode("a photo of .")[-1] == 269  # [detail L1]: the word-final full stop, not 13
     assert tokenizer().ids["."] == 13 and tokenizer().ids[".</w>"] == 269
     assert len(tokenizer().ids) == 49408
     tokens = tokenize(["cat", "a cat"], context_length=5)
@@ -677,7 +677,7 @@ def test_preprocess_of_real_photos():
 
 
 def test_transparent_and_palette_images(tmp_path):
-    """[detail C4]: colours are mixed as colours, not as entries of a palette."""
+    """[detail L4]: colours are mixed as colours, not as entries of a palette."""
     palette = Image.fromarray(np.random.default_rng(0).integers(0, 3, (90, 120)).astype(np.uint8))
     palette.putpalette([250, 0, 0, 0, 200, 90, 30, 60, 150])
     image = palette.convert("RGB")
