@@ -7,7 +7,8 @@
 
 pydensecrf2 needs a C++ compiler, cython < 3 and numpy < 2. It gets an environment of its own and runs as a second
 process, one timed call at a time, in turns with ours. Times include building the lattices. A ratio below 1 means that
-ours is faster; ratios are medians over the rounds, as times on a shared machine wander.
+ours is faster; ratios are medians over the rounds. Time on an idle machine: where other programs want the same cores,
+our threads wait for each other at every step, and the ratio says nothing.
 """
 import argparse
 import subprocess
