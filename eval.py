@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from clip_model import InputError, run
@@ -35,8 +34,7 @@ from make_pseudo import (
     score_labels,
     write_labels,
 )
-from mask_generator import IMAGENET_MEAN, IMAGENET_STD
-from train_cam import Data, start_processes, write_file
+from train_cam import Data, scaled_input, start_processes, write_file
 from train_seg import load_segmenter
 
 # Dimension key: K classes, C = K + 1 labels, H W pixels.
@@ -69,12 +67,9 @@ def iou(matrix):
 def predict(model, photo, scales, flip, device):
     """PIL photo -> probabilities (C, H, W): mean of the softmax over scales and mirror images."""
     W, H = photo.size
-    normalize = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     total, passes = 0, 0
     for scale in scales:
-        size = [max(1, round(side * scale / model.trunk.patch)) * model.trunk.patch for side in (H, W)]
-        x = normalize(v2.functional.resize(photo, size, InterpolationMode.BICUBIC))[None].to(device)
+        x = scaled_input(photo, scale, model.trunk.patch).to(device)
         for mirrored in ((False, True) if flip else (False,)):
             scores = model(x.flip(3) if mirrored else x)
             scores = scores.flip(3) if mirrored else scores                                     # (1, C, h, w)

@@ -389,20 +389,25 @@ def background_regions(clip, generator, dataset, views, device, rank, world):
     return [part[order] for part in parts]
 
 
+def scaled_input(photo, scale, patch):
+    """PIL photo -> (1, 3, h*patch, w*patch) ImageNet-normalised: resized by scale to whole patches, so nothing is padded."""
+    W, H = photo.size
+    size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
+    pixels = v2.functional.pil_to_tensor(v2.functional.resize(photo, size, InterpolationMode.BICUBIC))
+    return v2.functional.normalize(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_STD)[None]
+
+
 @torch.no_grad()
 def export_cams(generator, data, folder, scales, device, rank, world):
     """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n present classes in class order.
 
     Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class."""
-    normalize = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    patch = generator.trunk.patch
     for name in tqdm(data.names[rank::world], desc="export", disable=None if rank == 0 else True):
         photo, present = data.image(name), torch.from_numpy(data.labels(name)).nonzero()[:, 0].to(device)
         W, H = photo.size
         quarter, total = (-(-H // 4), -(-W // 4)), 0
         for scale in scales:
-            size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]  # whole patches, so nothing is padded
-            x = normalize(v2.functional.resize(photo, size, InterpolationMode.BICUBIC))[None].to(device)
+            x = scaled_input(photo, scale, generator.trunk.patch).to(device)
             for flip in (False, True):
                 cam, _ = generator(x.flip(3) if flip else x)
                 cam = cam.flip(3) if flip else cam                                              # (1, K, h, w)

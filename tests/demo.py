@@ -19,7 +19,7 @@ FLAGS = {  # short runs of a small model on 600 small pictures want larger rates
     "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment",
     "prompts": "--prompt-epochs 10 --lambda-t 0.5 --min-area 0.4",
     "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --lambda-r 1",
-    "seg": "--crop 64 --scale 0.75 1.5 --epochs 8 --batch 32 --optimizer adamw --lr 2e-3 --trunk-lr 0.25",
+    "seg": "--crop 64 --scale 0.75 1.5 --epochs 8 --batch 32 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 1",
 }
 
 

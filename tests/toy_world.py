@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize  # noqa: E402
+from make_pseudo import write_labels  # noqa: E402
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, ViT  # noqa: E402
 
 S = 64
@@ -199,11 +200,6 @@ def scene(rng, pairs):
 # The data set, in the VOC 2012 layout
 # ---------------------------------------------------------------------------------------------------------------------
 
-def voc_palette():
-    """The VOC colour map, 768 bytes: bit j of a class id's colour channel c is bit 3 (7 - j) + c of the id, reversed."""
-    return [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8)) for i in range(256) for c in range(3)]
-
-
 def write_voc(root, pairs, train, val, seed, cooccurrence):
     """Write the data set. pairs maps each object to its usual background, where it stands in `cooccurrence` of the
     scenes; elsewhere the background is drawn from all. Three scenes in ten show two objects."""
@@ -220,9 +216,7 @@ def write_voc(root, pairs, train, val, seed, cooccurrence):
                                        for o in objects])
             Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
             truth = np.where(parts >= len(BACKGROUNDS), parts - len(BACKGROUNDS) + 1, 0).astype(np.uint8)
-            mask = Image.fromarray(truth)
-            mask.putpalette(voc_palette())
-            mask.save(root / "SegmentationClass" / f"{name}.png")
+            write_labels(root / "SegmentationClass" / f"{name}.png", truth)
             boxes = ""
             for o in objects:
                 ys, xs = np.nonzero(truth == 1 + OBJECTS.index(o))
@@ -302,20 +296,29 @@ def directions(pairs, nouns):
     return table
 
 
-def train_image_tower(clip, steps=2500, B=128):
-    images, parts = untied_scenes(12000, seed=1000, empty=0.15)
-    optimizer = torch.optim.AdamW(clip.visual.parameters(), lr=1e-3, weight_decay=0.03)
-    schedule = OneCycleLR(optimizer, 1.2e-3, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), desc="image tower")):
-        x, visibility = regions(images, parts, B)
-        target = torch.cat([torch.full((B, 1), SHARED), visibility, torch.zeros(B, clip.embed_dim - 1 - len(THINGS))], 1)
-        loss = (F.normalize(clip.encode_image(x), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
+def fit(title, parameters, loss_of, steps, lr, peak, weight_decay):
+    """Minimise loss_of() over `steps` fresh batches: AdamW, one cycle up to `peak`."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    schedule = OneCycleLR(optimizer, peak, steps, pct_start=0.1)
+    for step in (bar := tqdm(range(steps), desc=title, disable=None)):
+        loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
             bar.set_postfix(loss=loss.item())
+
+
+def train_image_tower(clip, steps=2500, B=128):
+    images, parts = untied_scenes(12000, seed=1000, empty=0.15)
+
+    def loss():
+        x, visibility = regions(images, parts, B)
+        target = torch.cat([torch.full((B, 1), SHARED), visibility, torch.zeros(B, clip.embed_dim - 1 - len(THINGS))], 1)
+        return (F.normalize(clip.encode_image(x), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
+
+    fit("image tower", clip.visual.parameters(), loss, steps, lr=1e-3, peak=1.2e-3, weight_decay=0.03)
 
 
 def train_text_tower(clip, pairs, steps, lr=2e-3, B=96):
@@ -331,12 +334,11 @@ def train_text_tower(clip, pairs, steps, lr=2e-3, B=96):
         by_length.setdefault(len(ids[noun]), []).append(noun)
     shared = SHARED * torch.eye(clip.embed_dim)[0]
     parameters = [p for name, p in clip.named_parameters() if not name.startswith("visual.")]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     rng = np.random.default_rng(3000)
     lengths = list(by_length)
     weight = np.array([len(by_length[n]) for n in lengths]) ** 0.5
-    for step in (bar := tqdm(range(steps), desc="text tower", disable=None)):
+
+    def loss():
         if rng.random() < 0.55:  # single nouns of one length
             words = by_length[rng.choice(lengths, p=weight / weight.sum())]
             words = [words[i] for i in rng.integers(len(words), size=B)]
@@ -358,13 +360,9 @@ def train_text_tower(clip, pairs, steps, lr=2e-3, B=96):
             noise = torch.randn_like(vectors) * vectors.detach().std() + torch.rand(B, 1, 1)
             vectors = torch.where((fillers & (torch.rand(B, P) < 0.5))[..., None], noise, vectors)
             vectors = vectors * torch.exp(1.5 * torch.randn(B, 1, 1)).clamp(0.3, 30)
-        loss = (F.normalize(clip.encode_prompts(vectors), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=loss.item())
+        return (F.normalize(clip.encode_prompts(vectors), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
+
+    fit("text tower", parameters, loss, steps, lr=lr, peak=lr, weight_decay=0.0)
 
 
 def new_clip():
@@ -383,21 +381,16 @@ def train_vit(steps=900, B=64):
     vit = ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
     images, parts = untied_scenes(8000, seed=2000, empty=0.2)
     labels = F.one_hot(parts.flatten(1).long(), len(THINGS)).amax(dim=1).float()
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), desc="vit")):
+
+    def loss():
         index = torch.randint(len(images), (B,))
         x = normalized(images[index], IMAGENET_MEAN, IMAGENET_STD)
         tokens, _ = vit(x.flip(3) if torch.rand(()) < 0.5 else x)
         logits = vit.head(tokens)                                                               # (B, 1 + h*w, 12)
         top = logits[:, 1:].topk(logits.shape[1] // 10, dim=1).values.mean(dim=1)
-        loss = sum(F.multilabel_soft_margin_loss(z, labels[index]) for z in (top, logits[:, 0]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=loss.item())
+        return sum(F.multilabel_soft_margin_loss(z, labels[index]) for z in (top, logits[:, 0]))
+
+    fit("vit", vit.parameters(), loss, steps, lr=1e-3, peak=1e-3, weight_decay=0.05)
     return vit
 
 
