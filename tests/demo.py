@@ -19,7 +19,8 @@ FLAGS = {  # short runs of a small model on 600 small pictures want larger rates
     "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment",
     "prompts": "--prompt-epochs 10 --lambda-t 0.5 --min-area 0.4",
     "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --lambda-r 1",
-    "seg": "--crop 64 --scale 0.75 1.5 --epochs 8 --batch 32 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 1",
+    "seg": "--crop 64 --scale 0.75 1.5 --epochs 10 --batch 8 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 1",
+    "test": "--scales 0.5 0.75 1 1.25 1.5 1.75 --crf prob",  # as WeakTr tests its segmenter
 }
 
 
@@ -55,7 +56,7 @@ def main(args):
     for name, labels in (("seg", f"{out}/masks"), ("full", f"{voc}/SegmentationClass")):
         command("train_seg.py", common, f"--labels {labels} --vit {out}/vit.pth --out {out}/{name} --workers 0", FLAGS["seg"])
         command("eval.py", f"--data {voc} --split val --checkpoint {out}/{name}/seg.pt --json {out}/{name}.json",
-                f"--save {out}/pred_{name}")
+                f"--save {out}/pred_{name}", FLAGS["test"])
     command("eval.py", f"--data {voc} --split train --checkpoint {out}/seg/seg.pt --strip {out}/strip.png --columns "
             f"classify={out}/cams_classify match={out}/cams_match refine={out}/cams_refine 'no CRF'={out}/masks_plain "
             f"'pseudo mask'={out}/masks")
