@@ -44,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, L layers, A heads, D ViT width
@@ -75,14 +75,19 @@ class InputError(Exception):
 
 
 def run(main, args):
-    """main(args), where an InputError ends as one line on stderr and exit code 2."""
+    """main(args), where an InputError ends as one line on stderr and exit code 2.
+
+    What main returns is the list of what --skip-bad left out: printed at the end, with exit code 3."""
     try:
-        main(args)
+        skipped = main(args)
     except InputError as error:
         # a data loader's worker wraps the message in its traceback: the last line is ours
         message = str(error).strip().splitlines()[-1].removeprefix("clip_model.InputError: ")
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    if skipped:
+        print(f"done, but {len(skipped)} left out:", *skipped, sep="\n    ", file=sys.stderr)
+        sys.exit(3)
 
 
 def pick_device(name):
@@ -93,11 +98,15 @@ def pick_device(name):
     return torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
 
 
-def read_image(path):
-    """A file -> PIL image in RGB, all pixels read."""
+def read_image(path, upright=True):
+    """A file -> PIL image in RGB, all pixels read. upright: turned as its EXIF orientation says; transparency is dropped."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            if image.mode == "F":
+                raise ValueError("it holds floating-point numbers")
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow, broken PNG
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: not a readable image ({reason}); expected a JPEG or PNG file; replace it") from None

@@ -4,7 +4,7 @@
     mIoU  = mean over the K classes and the background that occur in pred or truth, in percent
 
 Counts are summed over the whole list before dividing, as the VOC server does. A predicted 255 counts as background.
-Reads JPEGImages, ImageSets, SegmentationClass and (for --cams) Annotations of a VOC root.
+Reads photos, masks and (for --cams) image-level labels of any of the three layouts of train_cam.Data.
 Prints a table; writes a JSON, the predicted PNGs and a picture strip where asked.
 
     python eval.py --data VOCdevkit/VOC2012 --split val --checkpoint runs/voc/seg.pt --scales 0.75 1 1.25 --crf prob
@@ -13,6 +13,7 @@ Prints a table; writes a JSON, the predicted PNGs and a picture strip where aske
 """
 import argparse
 import json
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from make_pseudo import (
     score_labels,
     write_labels,
 )
-from train_cam import Data, scaled_input, start_processes, write_file
+from train_cam import Data, end_processes, scaled_input, start_processes, write_file
 from train_seg import load_segmenter
 
 # Dimension key: K classes, C = K + 1 labels, H W pixels.
@@ -61,6 +62,103 @@ def iou(matrix):
     hit = np.diag(matrix).astype(np.float64)
     union = matrix.sum(axis=0) + matrix.sum(axis=1) - hit
     return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The truth. COCO keeps it as outlines, which are drawn here just as COCO's own API draws them
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_truth(data, name, size):
+    """The mask of an image -> uint8 (H, W), 0 background, 1..K, 255 ignore. size is (H, W) of its photo."""
+    if hasattr(data, "objects"):
+        return draw_objects(*data.objects(name), size, f"{data.json}: {name}")
+    paths = [data.root / folder / f"{name}.png" for folder in data.masks]
+    if data.split == "test" and not paths[0].is_file():
+        raise InputError(f"{paths[0]}: no such mask; VOC keeps those of its test images: expected another --split, or prediction "
+                         "only (eval.py --checkpoint with --images or --voc-server), which its server scores")
+    path = next((path for path in paths if path.is_file()), paths[0])  # SBD's mask where VOC itself has none
+    return read_labels(path, size, len(data.classes) + 1)
+
+
+def draw_objects(json_size, objects, size, where):
+    """objects [(class, is a crowd, outline)] -> labels uint8 (H, W). Where objects overlap the smaller one is seen; a crowd
+    is 255 (ignore), below all objects: its outline takes in whatever stands between the people."""
+    if json_size != size:
+        raise InputError(f"{where}: {json_size[0]}x{json_size[1]} (height x width), its photo is {size[0]}x{size[1]}; "
+                         "expected equal sizes; download the photo again")
+    masks = []
+    for k, crowd, outline in objects:
+        try:
+            mask = draw_outline(outline, size)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise InputError(f"{where}: an object without a readable outline ({error}); expected polygons or run lengths; "
+                             "download the annotations again") from None
+        masks.append((not crowd, -mask.sum(), 255 if crowd else 1 + k, mask))
+    labels = np.zeros(size, np.uint8)
+    for _, _, label, mask in sorted(masks, key=lambda entry: entry[:2]):
+        labels[mask] = label
+    return labels
+
+
+def draw_outline(outline, size):
+    """`segmentation` of COCO's json -> bool (H, W): a list of polygons, or run lengths, as a list or packed into text."""
+    if isinstance(outline, list):
+        return reduce(np.logical_or, (draw_polygon(polygon, size) for polygon in outline), np.zeros(size, bool))
+    counts = outline["counts"]
+    return decode_runs(unpack_runs(counts) if isinstance(counts, str) else counts, size)
+
+
+def draw_polygon(polygon, size):
+    """(x0, y0, x1, y1, ...) in pixels -> bool (H, W): down each column of pixels, every crossing of the outline switches
+    between out and in. COCO's way to say where that is: walk the outline on a grid five times as fine, one step at a time
+    along the longer of |dx| and |dy|; it crosses a column at the step that leaves the fine column in the pixels' middle."""
+    H, W = size
+    start = (5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(np.int64)                           # (V, 2), x and y
+    end = np.roll(start, -1, axis=0)
+    long = np.abs(end - start).argmax(axis=1)                                                   # (V,): 0 along x, 1 along y
+    edge = np.arange(len(start))
+    backwards = start[edge, long] > end[edge, long]
+    start, end = np.where(backwards[:, None], (end, start), (start, end))
+    steps = (end - start)[edge, long]                                                           # (V,)
+    slope = (end - start)[edge, 1 - long] / np.maximum(steps, 1)
+
+    edge = np.repeat(edge, steps + 1)                                                           # (T,): of every point walked
+    t = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+    point = np.empty((len(edge), 2), np.int64)
+    point[np.arange(len(edge)), long[edge]] = start[edge, long[edge]] + t
+    point[np.arange(len(edge)), 1 - long[edge]] = start[edge, 1 - long[edge]] + slope[edge] * t + 0.5  # cut to an integer
+    x, y = np.minimum(point[1:], point[:-1]).T                                                  # of every step
+    crosses = (t[1:] > 0) & (point[1:, 0] != point[:-1, 0]) & (x % 5 == 2) & (x // 5 >= 0) & (x // 5 < W)
+    mask = np.zeros((W, H), bool)
+    if crosses.any():
+        column, first_below = x[crosses] // 5, ((y[crosses] + 2) // 5).clip(0, H)
+        left, right = column.min(), column.max() + 1
+        switches = np.bincount((column - left) * H + first_below, minlength=(right - left) * H + 1)[:-1]
+        mask[left:right] = (switches.cumsum() % 2 == 1).reshape(right - left, H)
+    return mask.T
+
+
+def decode_runs(counts, size):
+    """Run lengths, out first, then in and so on, down the columns -> bool (H, W)."""
+    H, W = size
+    if sum(counts) != H * W or min(counts, default=0) < 0:
+        raise ValueError(f"runs of {sum(counts)} pixels in all, for {H}x{W}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(W, H).T
+
+
+def unpack_runs(text):
+    """COCO's text -> run lengths. A character is 48 and six bits: five of the number, the lowest first, then "more follow";
+    the last one's fifth bit is the sign. From the fourth run on the number is the difference to the run before the last."""
+    counts, value, shift = [], 0, 0
+    for character in text.encode():
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    return counts
 
 
 @torch.no_grad()
@@ -106,12 +204,13 @@ def strip_cell(data, folder, name, photo):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Scores predictions against masks.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="ROOT", help="VOC 2012 root")
-    parser.add_argument("--split", default="val", help="list in ImageSets/Segmentation")
+    parser.add_argument("--data", required=True, metavar="ROOT", help="as for train_cam.py")
+    parser.add_argument("--split", default="val", help="as for train_cam.py")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pred", metavar="DIR", help="score label PNGs")
     what.add_argument("--cams", metavar="DIR", help="score CAMs, cut at --threshold")
     what.add_argument("--checkpoint", metavar="FILE", help="score a segmentation model, seg.pt of train_seg.py")
+    what.add_argument("--save-truth", metavar="DIR", help="only write the truth as label PNGs: COCO has outlines, VOC two folders")
     parser.add_argument("--threshold", default="auto", metavar="T",
                         help="--cams: background score, as --bg-score of make_pseudo.py")
     parser.add_argument("--oracle-sweep", action=argparse.BooleanOptionalAction, default=False,
@@ -125,6 +224,8 @@ def parse_args(argv=None):
     parser.add_argument("--strip-count", type=int, default=8, help="images in the strip")
     parser.add_argument("--columns", nargs="*", default=[], metavar="CAPTION=DIR",
                         help="more columns for the strip: folders of CAMs or label PNGs")
+    parser.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="read all photos and masks "
+                        "once before; score without those that cannot be read, list them at the end, exit 3")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="nothing here is random; accepted for uniformity")
     return parser.parse_args(argv)
@@ -137,6 +238,20 @@ def main(args):
     for column in args.columns:
         if "=" not in column:
             raise InputError(f"--columns {column}: expected CAPTION=DIR, DIR a folder of CAMs or label PNGs")
+
+    def read(name):  # opens whatever the loop below opens
+        size = data.image(name).size[::-1]
+        read_truth(data, name, size)
+        if args.pred:
+            read_labels(Path(args.pred) / f"{name}.png", size, C)
+        if args.cams:
+            read_cams(args.cams, name, np.flatnonzero(data.labels(name)), size)
+    if args.skip_bad:
+        data.leave_out_bad(read)
+    if args.save_truth:
+        for name in tqdm(data.names[rank::world], desc="truth", disable=None if rank == 0 else True):
+            write_labels(Path(args.save_truth) / f"{name}.png", read_truth(data, name, data.image(name).size[::-1]))
+        return end_processes(data, rank, world)
     what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
     threshold, chosen = background_score(args.threshold, data, args.cams) if args.cams else (None, None)
     model = load_segmenter(args.checkpoint, data.classes).to(device) if args.checkpoint else None
@@ -148,7 +263,7 @@ def main(args):
         image = data.image(name)
         photo = np.array(image)
         size = photo.shape[:2]
-        truth = read_labels(data.root / "SegmentationClass" / f"{name}.png", size, C)
+        truth = read_truth(data, name, size)
         if args.pred:
             pred = read_labels(Path(args.pred) / f"{name}.png", size, C)
         elif args.cams:
@@ -176,7 +291,7 @@ def main(args):
         counts = total.cpu().numpy()
         dist.destroy_process_group()
     if rank:
-        return
+        return []
     per_class = 100 * iou(counts[0])
     names = ["background", *data.classes]
     result = {"miou": round(float(np.nanmean(per_class)), 3),
@@ -200,6 +315,7 @@ def main(args):
         write_file(args.json, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     if args.strip:
         picture_strip(shown, ["photo", *(column.split("=", 1)[0] for column in args.columns), "prediction", "truth"], args.strip)
+    return data.skipped
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from clip_model import InputError, run
-from train_cam import Data, start_processes, write_file
+from train_cam import Data, end_processes, start_processes, write_file
 
 # Dimension key: B images, H W pixels, C labels of a CRF, V pixels of all images that share a lattice, M lattice points,
 #                d features of a pixel (2: x y, or 5: x y r g b).
@@ -317,8 +317,10 @@ def read_labels(path, size, num_labels):
                          "expected equal sizes; make the label image again")
     foreign = np.setdiff1d(np.unique(labels), [*range(num_labels), 255])
     if len(foreign):
-        raise InputError(f"{path}: holds label {foreign[0]}; expected 0 to {num_labels - 1} or 255 (ignore); "
-                         "it was made for another class list")
+        coco = num_labels == 81 and foreign[-1] <= 90
+        raise InputError(f"{path}: holds label {foreign[-1]}; expected 0 to {num_labels - 1} or 255 (ignore); " + (
+            "these are COCO's 91 category ids: renumber them, 1 to 80 in their order, or write masks with eval.py --save-truth"
+            if coco else "it was made for another class list"))
     return labels.astype(np.uint8)
 
 
@@ -422,8 +424,8 @@ def is_whole(path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="CAMs -> pseudo masks, sharpened by a dense CRF.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="ROOT", help="VOC 2012 root; photos and image-level labels are read")
-    parser.add_argument("--split", default="train", help="list in ImageSets/Segmentation")
+    parser.add_argument("--data", required=True, metavar="ROOT", help="as for train_cam.py; photos and image-level labels are read")
+    parser.add_argument("--split", default="train", help="as for train_cam.py")
     parser.add_argument("--cams", required=True, metavar="DIR", help="NAME.npy files of train_cam.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="where NAME.png go")
     parser.add_argument("--bg-score", default="auto", metavar="T", help="background score in (0, 1): higher gives smaller "
@@ -433,6 +435,8 @@ def parse_args(argv=None):
     parser.add_argument("--min-confidence", type=float, default=0.0, help="pixels whose best probability after the CRF is "
                         "below become 255 (ignore)")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="redo finished PNGs too")
+    parser.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="read all photos and CAMs "
+                        "once before; go on without those that cannot be read, list them at the end, exit 3")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="nothing here is random; accepted for uniformity")
     return parser.parse_args(argv)
@@ -441,6 +445,12 @@ def parse_args(argv=None):
 def main(args):
     rank, world, device = start_processes(args.device)
     data, out = Data(args.data, args.split), Path(args.out)
+
+    def read(name):
+        photo, present = np.array(data.image(name)), np.flatnonzero(data.labels(name))
+        return photo, present, read_cams(args.cams, name, present, photo.shape[:2])
+    if args.skip_bad:
+        data.leave_out_bad(read)
     out.mkdir(parents=True, exist_ok=True)
     threshold, chosen = background_score(args.bg_score, data, args.cams)
     if rank == 0:
@@ -449,9 +459,9 @@ def main(args):
         path = out / f"{name}.png"
         if not args.overwrite and is_whole(path):
             continue
-        photo, present = np.array(data.image(name)), np.flatnonzero(data.labels(name))
-        cams = read_cams(args.cams, name, present, photo.shape[:2])
+        photo, present, cams = read(name)
         write_labels(path, pseudo_mask(photo, cams, present, threshold, args.crf, args.min_confidence, device))
+    return end_processes(data, rank, world)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 
 match and refine both start from classify.pt and train the head and the attention fusion only; prompts trains the
 prompt vectors p_k only, on the regions of match.pt. All means run over the N (image, present class) pairs of the batch.
-Reads JPEGImages, ImageSets, Annotations/*.xml and classes.txt of a VOC root; never a mask.
+Reads photos and image-level labels of a VOC, a COCO or a folder of your own (Data); never a mask.
 Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy.
 
     python train_cam.py --data VOCdevkit/VOC2012 --split train_aug --clip ViT-B/32 --vit deit_small.pth --out runs/voc
@@ -19,12 +19,22 @@ Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, O
     python train_cam.py --data ROOT --clip CKPT --vit CKPT --out DIR --phase export --checkpoint DIR/match.pt --cams DIR2
 """
 import argparse
+import csv
 import datetime
+import hashlib
 import json
 import math
 import os
+import sys
+import tarfile
+import tempfile
 import time
+import unicodedata
 import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +44,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from clip_model import (
     CLIP_MEAN,
     CLIP_STD,
+    MODELS,
+    OPENAI,
     InputError,
+    download,
     load_clip,
     nearest_words,
     pick_device,
@@ -54,61 +68,338 @@ from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length.
 
 PHASES = ["classify", "match", "prompts", "refine"]
+DEIT = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"  # named by the head of its SHA-256
+VOC_ARCHIVE = DATASET_YEAR_DICT["2012"]  # url, filename, md5, base_dir
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
                "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 CLIP_WORDS = {"diningtable": "dining table", "person": "player", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: names, classes and image-level labels of a VOC root
+# Data: photos and image-level labels. Three layouts, one interface; none of them opens a mask
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Data:
-    """A split of a VOC 2012 root: root, split, names, classes (K), words for CLIP (K). Opens no image and no mask."""
+def Data(root, split):
+    """The split of a data set, by what lies in root: a VOC, a COCO or a Photos. Opens no image, no mask, no polygon."""
+    root = Path(root)
+    for layout in (VOC, COCO, Photos):
+        if any(root.glob(layout.sign)):
+            return layout(root, split)
+    raise InputError(f"{root}: no folder JPEGImages in it, no annotations/instances_*.json and no labels.csv; expected a VOC "
+                     "2012 root (VOCdevkit/VOC2012), a COCO root, or your own photos as the README lays them out; pass --data")
 
-    def __init__(self, root, split):
-        self.root, self.split = Path(root), split
-        if not (self.root / "JPEGImages").is_dir():
-            raise InputError(f"{root}: no folder JPEGImages in it; expected a VOC 2012 root (JPEGImages, Annotations, "
-                             "ImageSets/Segmentation); pass it with --data")
-        names = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        if not names.is_file():
-            raise InputError(f"{names}: no such list; expected one image name a line; pass another --split")
-        self.names = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not self.names:
-            raise InputError(f"{names}: the list is empty; expected one image name a line")
-        self.classes, self.words = read_classes(self.root / "classes.txt")
+
+class DataSet:
+    """What the three share. names: the images of the split, which also name all files written for them; classes (K);
+    words (K), the classes as CLIP is told them; skipped: what --skip-bad left out, a line each; masks: folders, for eval.py."""
+
+    upright = False  # boxes and masks of VOC and COCO refer to the pixels as stored: their EXIF rotation is not applied
+
+    def __init__(self, root, split, names, classes, words, source):
+        self.root, self.split, self.names, self.classes, self.words = root, split, names, classes, words
+        self.skipped = []
+        if not names:
+            raise InputError(f"{source}: the list is empty; expected one image or more for split {split}")
+        if len(set(names)) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            raise InputError(f"{source}: {twice} is there twice; expected unlike names, as masks are named by them; rename one")
 
     def image(self, name):
         """The photo as a PIL image, RGB."""
-        return read_image(self.root / "JPEGImages" / f"{name}.jpg")
+        return read_image(self.photo_path(name), self.upright)
+
+    def describe(self):
+        """One line: how many images show each class."""
+        counts = np.sum([self.labels(name) for name in self.names], axis=0, dtype=int)
+        return (f"{self.split}: {len(self.names)} images, {self.note}; images that show each of the {len(self.classes)} classes: "
+                + ", ".join(f"{name} {count}" for name, count in zip(self.classes, counts)))
+
+    def leave_out_bad(self, check):
+        """--skip-bad: names for which check(name) raises InputError move from names to skipped, with its message."""
+        def complaint(name):
+            try:
+                check(name)
+            except InputError as error:
+                return str(error)
+        with ThreadPoolExecutor() as pool:  # decoding a photo leaves Python's lock
+            found = list(tqdm(pool.map(complaint, self.names), "reading all once", len(self.names), disable=None))
+        self.skipped += [message for message in found if message]
+        self.names = [name for name, message in zip(self.names, found) if not message]
+        if not self.names:
+            raise InputError(f"{self.root}: --skip-bad left no image of split {self.split}; the first: {self.skipped[0]}")
+
+    def check_count(self, official, source, remedy):
+        """Stop if this is the real data set (more than 1,000 images) with another number of images than its own."""
+        if official and len(self.names) != official:
+            self.note += f" (the official {self.split} has {official:,})"
+            if len(self.names) > 1000:
+                raise InputError(f"{source}: {len(self.names):,} images for split {self.split}; expected {official:,}; {remedy}")
+
+
+class VOC(DataSet):
+    """PASCAL VOC 2012 as its archive unpacks, or any other data set in this layout, with its classes in classes.txt."""
+
+    sign, note, masks = "JPEGImages", "VOC layout", ("SegmentationClass", "SegmentationClassAug")
+    official = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582, "test": 1456}
+
+    def __init__(self, root, split):
+        source, aug = root / "ImageSets" / "Segmentation" / f"{split}.txt", root / "SegmentationClassAug"
+        remedy = "a list of your own needs another name than an official one: copy it to one, and pass that with --split"
+        if split == "train_aug" and not source.is_file() and aug.is_dir():  # file names only: no mask is opened
+            val = set(read_names(source.with_name("val.txt")))
+            names, source = sorted(path.stem for path in aug.glob("*.png") if path.stem not in val), aug
+            remedy = "the whole folder has 12,031 PNGs, of which 1,449 belong to val: unpack SegmentationClassAug again"
+        else:
+            names = read_names(source)
+            if len(names) == 12031:
+                remedy = "12,031 is the full SBD folder, val included: delete this list, and train_aug is made without val"
+        super().__init__(root, split, names, *read_classes(root / "classes.txt", VOC_CLASSES), source)
+        self.known = {}
+        if not (root / "classes.txt").is_file():
+            self.check_count(self.official.get(split), source, remedy)
+
+    def photo_path(self, name):
+        return self.root / "JPEGImages" / f"{name}.jpg"
 
     def labels(self, name):
         """Image-level labels (K,), bool. Objects marked `difficult` count too, as in the field's cls_labels.npy."""
-        path = self.root / "Annotations" / f"{name}.xml"
+        if name not in self.known:
+            self.known[name] = self.read_xml(self.root / "Annotations" / f"{name}.xml")
+        return self.known[name]
+
+    def read_xml(self, path):
         try:
             found = [box.findtext("name", "").strip() for box in ElementTree.parse(path).iter("object")]
         except (OSError, ElementTree.ParseError) as error:
+            if self.split == "test":
+                raise InputError(f"{path}: VOC's test images come without labels and masks; expected another --split; only "
+                                 "eval.py --checkpoint can use them, to predict") from None
             raise InputError(f"{path}: no readable annotation ({error}); expected VOC XML with the image's objects") from None
-        labels = np.zeros(len(self.classes), bool)
-        for name in found:
-            if name not in self.classes:
-                raise InputError(f"{path}: class {name!r} is not among the {len(self.classes)} classes "
-                                 f"({', '.join(self.classes[:4])}, ...); add it to {self.root / 'classes.txt'}")
-            labels[self.classes.index(name)] = True
-        return labels
+        return label_vector(found, self.classes, path, self.root / "classes.txt")
 
 
-def read_classes(path):
-    """classes.txt, `name` or `name: words for CLIP` a line -> (classes, words); the 20 of VOC where there is no file."""
-    lines = VOC_CLASSES
+class COCO(DataSet):
+    """COCO 2014: split train is annotations/instances_train2014.json and train2014/; so is a split called train2014.
+
+    K classes in the order of their category ids, which run to 90 with gaps. Images without any object are left out."""
+
+    sign, note = "annotations/instances_*.json", "COCO layout"
+    official = {"instances_train2014": 82081, "instances_val2014": 40137}
+
+    def __init__(self, root, split):
+        found = [path for year in ("", "2014", "2017") if (path := root / f"annotations/instances_{split}{year}.json").is_file()]
+        if not found:
+            raise InputError(f"{root / 'annotations'}: no instances_{split}2014.json; expected the official annotations; pass "
+                             "another --split, or unpack annotations_trainval2014.zip there")
+        self.json, self.objects_read = found[0], None
+        arrays = read_coco(self.json, "files", "labels", "classes")
+        self.targets, classes = arrays["labels"], arrays["classes"].tolist()
+        files = [self.json.stem.removeprefix("instances_") + "/" + file for file in arrays["files"].tolist()]
+        super().__init__(root, split, [Path(file).stem for file in files], classes, classes, self.json)
+        self.files, self.place = files, {name: i for i, name in enumerate(self.names)}
+        self.check_count(self.official.get(self.json.stem), self.json, "download the annotations again, or give a json of your "
+                         "own, and its folder of photos, another name")
+
+    def photo_path(self, name):
+        return self.root / self.files[self.place[name]]
+
+    def labels(self, name):
+        """Image-level labels (K,), bool. Crowds count too."""
+        return self.targets[self.place[name]]
+
+    def objects(self, name):
+        """For eval.py: (H, W) and a list of (class, is a crowd, what the json says of its outline) of an image."""
+        if self.objects_read is None:
+            self.objects_read = read_coco(self.json, "sizes", "first_object", "object_class", "crowd", "first_byte", "outlines")
+        a, i = self.objects_read, self.place[name]
+        return tuple(a["sizes"][i].tolist()), [
+            (int(a["object_class"][m]), bool(a["crowd"][m]),
+             json.loads(a["outlines"][a["first_byte"][m]:a["first_byte"][m + 1]].tobytes()))
+            for m in range(a["first_object"][i], a["first_object"][i + 1])]
+
+
+def read_coco(path, *wanted):
+    """Arrays of parse_coco, from the cache beside the json, or in the user's folder where that one cannot be written."""
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    places = [path.with_suffix(".npz"), Path("~/.cache/semples").expanduser() / f"{path.stem}-{key}.npz"]
+    stamp = [1, path.stat().st_size, path.stat().st_mtime_ns]  # 1: the layout of the cache
+    for cache in places:
+        try:
+            with np.load(cache, allow_pickle=False) as arrays:
+                if arrays["stamp"].tolist() == stamp:
+                    return {name: arrays[name] for name in wanted}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            continue  # there is none, or a broken one
+    tqdm.write(f"{path}: read once, {stamp[1] / 1e6:.0f} MB; what is needed of it is kept as an .npz file")
+    arrays = parse_coco(path)
+    for cache in places:
+        try:
+            write_file(cache, lambda temporary: np.savez_compressed(temporary, stamp=stamp, **arrays))
+            break
+        except OSError:
+            continue  # without a cache the next script reads the json again
+    return {name: arrays[name] for name in wanted}
+
+
+def parse_coco(path):
+    """instances json -> flat arrays. n images that show an object, K classes, m objects in the order of their images:
+    files (n,), sizes (n, 2) as H W, labels (n, K), classes (K,), first_object (n + 1,), object_class (m,), crowd (m,),
+    first_byte (m + 1,), outlines: the objects' `segmentation` as the json has it, one after the other, uint8."""
+    def compact(entry):  # polygons become text again as soon as they are read: as Python numbers they take ten times as much
+        if "category_id" not in entry:
+            return entry
+        outline = json.dumps(entry.get("segmentation"), separators=(",", ":")).encode()
+        return entry["image_id"], entry["category_id"], bool(entry.get("iscrowd", 0)), outline
+    try:
+        with open(path, encoding="utf-8") as file:
+            whole = json.load(file, object_hook=compact)
+        categories = sorted(whole["categories"], key=lambda category: category["id"])
+        number = {category["id"]: k for k, category in enumerate(categories)}
+        shown = {entry[0] for entry in whole["annotations"]}
+        images = [image for image in whole["images"] if image["id"] in shown]
+        place = {image["id"]: i for i, image in enumerate(images)}
+        objects = sorted(((place[i], number[c], crowd, outline) for i, c, crowd, outline in whole["annotations"]),
+                         key=lambda entry: entry[0])
+        image_of, object_class, crowd, outlines = zip(*objects) if objects else ((), (), (), ())
+        arrays = {"files": np.array([image["file_name"] for image in images], str),
+                  "sizes": np.array([(image["height"], image["width"]) for image in images], int),
+                  "classes": np.array([category["name"] for category in categories], str)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not COCO's instances ({type(error).__name__}: {error}); expected images, annotations and "
+                         "categories that refer to each other; download the annotations again") from None
+    labels = np.zeros((len(images), len(categories)), bool)
+    labels[list(image_of), list(object_class)] = True
+    starts = lambda lengths: np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # noqa: E731
+    return {**arrays, "labels": labels, "object_class": np.array(object_class, int), "crowd": np.array(crowd, bool),
+            "first_object": starts(np.bincount(np.array(image_of, int), minlength=len(images))),
+            "first_byte": starts([len(outline) for outline in outlines]),
+            "outlines": np.frombuffer(b"".join(outlines), np.uint8)}
+
+
+class Photos(DataSet):
+    """Your own: images/, labels.csv (file, then its classes), classes.txt; optional val.txt, the files held out."""
+
+    sign, note, masks = "labels.csv", "own photos", ("masks",)
+    upright = True  # as every viewer shows them, and as masks were drawn on them
+    suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+    def __init__(self, root, split):
+        files = sorted(path for path in root.glob("images/*") if path.suffix.lower() in self.suffixes and path.name[0] != ".")
+        self.files = {}  # a file's name, and also its stem, as people and their spreadsheets write it -> its path
+        for path in files:
+            if composed(path.stem) in self.files:
+                raise InputError(f"{path}: {self.files[composed(path.stem)].name} has the same name before the dot; their masks "
+                                 "would overwrite each other; rename one")
+            self.files |= {composed(path.stem): path, composed(path.name): path}
+        chosen, source = [path.stem for path in files], root / "images"
+        if (root / f"{split}.txt").is_file():
+            source = root / f"{split}.txt"
+            chosen = [self.find(name, source).stem for name in read_names(source)]
+        elif split != "train":
+            raise InputError(f"{root / f'{split}.txt'}: no such list; expected one file name of images/ a line: the photos of "
+                             f"split {split}; write it, or pass --split train")
+        elif (root / "val.txt").is_file():
+            held_out = {self.find(name, root / "val.txt").stem for name in read_names(root / "val.txt")}
+            chosen = [name for name in chosen if name not in held_out]
+        classes_file = root / "classes.txt"
+        super().__init__(root, split, chosen, *read_classes(classes_file), source)
+        self.targets, table = {}, root / "labels.csv"
+        try:
+            rows = list(csv.reader(table.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True))
+        except (OSError, ValueError, csv.Error) as error:
+            raise InputError(f"{table}: not readable ({error}); expected UTF-8 text, a row FILE,CLASS;CLASS a photo") from None
+        for number, row in enumerate(rows):
+            cells = [cell.strip() for part in row for cell in part.split(";")]
+            if not any(cells) or number == 0 and composed(cells[0]) not in self.files and "." not in cells[0]:
+                continue  # an empty line, or a header
+            path = self.find(cells[0], f"{table}, line {number + 1}")
+            labels = label_vector(filter(None, cells[1:]), self.classes, f"{table}, line {number + 1}", classes_file)
+            self.targets[path.stem] = labels | self.targets.get(path.stem, False)  # a photo may have several rows
+
+    def find(self, name, source):
+        if composed(name) not in self.files:
+            raise InputError(f"{source}: no photo {name!r} in {self.root / 'images'}; expected a file name with one of the "
+                             f"endings {' '.join(sorted(self.suffixes))}; correct the name, or add the photo")
+        return self.files[composed(name)]
+
+    def photo_path(self, name):
+        return self.files[composed(name)]
+
+    def labels(self, name):
+        """Image-level labels (K,), bool."""
+        if name not in self.targets:
+            raise InputError(f"{self.root / 'labels.csv'}: no row for {self.photo_path(name).name}; expected FILE,CLASS;CLASS "
+                             "for every photo of the split (FILE, alone if it shows no class); add it")
+        return self.targets[name]
+
+
+def composed(name):
+    """One spelling of accented letters: macOS stores file names with the accent as a letter of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def label_vector(found, classes, source, classes_file):
+    """Names of classes -> labels (K,), bool."""
+    labels = np.zeros(len(classes), bool)
+    for name in found:
+        if name not in classes:
+            raise InputError(f"{source}: class {name!r} is not among the {len(classes)} classes "
+                             f"({', '.join(classes[:4])}, ...); correct it, or add it to {classes_file}")
+        labels[classes.index(name)] = True
+    return labels
+
+
+def read_names(path):
+    """A list of images, one a line -> names. Lines that hold paths of a photo and its mask, as DeepLab's do, serve too."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no such list ({getattr(error, 'strerror', None) or error}); expected one image name a line; "
+                         "pass another --split") from None
+    return [Path(line.split()[0]).stem if line.startswith("/") else line for line in lines if line]
+
+
+def read_classes(path, default=None):
+    """classes.txt, `name` or `name: words for CLIP` a line -> (classes, words); default where there is no file."""
+    lines = default
     if path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    elif default is None:
+        raise InputError(f"{path}: no such file; expected the names of the classes, one a line; write it")
     classes = [line.split(":")[0].strip() for line in lines]
     words = [line.split(":")[1].strip() if ":" in line else CLIP_WORDS.get(line, line) for line in lines]
     if len(set(classes)) != len(classes) or not classes:
         raise InputError(f"{path}: {'a class twice' if classes else 'no class'}; expected each class once, one a line")
     return classes, words
+
+
+def fetch(what, root):
+    """--fetch: downloads with digest, progress and resume into root; what lies there already is checked, not fetched."""
+    if "voc" in what:
+        voc = root / "VOCdevkit" / "VOC2012"
+        if not voc.is_dir():
+            unpack(download(VOC_ARCHIVE["url"], root / VOC_ARCHIVE["filename"], md5=VOC_ARCHIVE["md5"]), voc)
+        print(f"--data {voc}")
+    if "clip" in what:
+        url = OPENAI + MODELS["ViT-B/32"]
+        print(f"--clip {download(url, root / url.split('/')[-1], sha256=url.split('/')[-2])}")
+    if "deit" in what:
+        print(f"--vit {download(DEIT, root / DEIT.split('/')[-1], sha256=DEIT[-12:-4])}")
+
+
+def unpack(archive, voc):
+    """The official tar file -> the folder voc, which appears whole or not at all."""
+    if not hasattr(tarfile, "data_filter"):  # refuses members that would land elsewhere
+        raise InputError(f"{archive}: this Python cannot unpack it safely; expected 3.10.12, 3.11.4 or newer; unpack it by hand")
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            voc.parent.mkdir(exist_ok=True)
+            os.replace(Path(folder, VOC_ARCHIVE["base_dir"]), voc)
+        except (OSError, tarfile.TarError) as error:
+            raise InputError(f"{archive}: cannot be unpacked ({error}); expected VOC 2012's archive and room for as much again; "
+                             "make room, or unpack it by hand") from None
 
 
 class Crops(Dataset):
@@ -151,6 +442,14 @@ def start_processes(device):
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def end_processes(data, rank, world):
+    """Wait for all; returns what `run` is to list as skipped: all of it on rank 0."""
+    if world > 1:
+        dist.barrier()  # torchrun kills the others when one process ends with an exit code
+        dist.destroy_process_group()
+    return data.skipped if rank == 0 else []
 
 
 def sum_over_processes(value, device):
@@ -389,9 +688,12 @@ def background_regions(clip, generator, dataset, views, device, rank, world):
     return [part[order] for part in parts]
 
 
-def scaled_input(photo, scale, patch):
-    """PIL photo -> (1, 3, h*patch, w*patch) ImageNet-normalised: resized by scale to whole patches, so nothing is padded."""
+def scaled_input(photo, scale, patch, most=8192):
+    """PIL photo -> (1, 3, h*patch, w*patch) ImageNet-normalised: resized by scale to whole patches, so nothing is padded.
+
+    A photo that would have more than `most` patches is shown smaller: attention takes memory by their square."""
     W, H = photo.size
+    scale = min(scale, patch * (most / (H * W)) ** 0.5)
     size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
     pixels = v2.functional.pil_to_tensor(v2.functional.resize(photo, size, InterpolationMode.BICUBIC))
     return v2.functional.normalize(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_STD)[None]
@@ -401,13 +703,14 @@ def scaled_input(photo, scale, patch):
 def export_cams(generator, data, folder, scales, device, rank, world):
     """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n present classes in class order.
 
-    Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class."""
+    Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class. All L*A attention
+    maps are held at once: 2,500 patches (640 x 640 at scale 1.25) take 2 GB with DeiT-S, a phone's photo would take 600."""
     for name in tqdm(data.names[rank::world], desc="export", disable=None if rank == 0 else True):
         photo, present = data.image(name), torch.from_numpy(data.labels(name)).nonzero()[:, 0].to(device)
         W, H = photo.size
         quarter, total = (-(-H // 4), -(-W // 4)), 0
         for scale in scales:
-            x = scaled_input(photo, scale, generator.trunk.patch).to(device)
+            x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(device)
             for flip in (False, True):
                 cam, _ = generator(x.flip(3) if flip else x)
                 cam = cam.flip(3) if flip else cam                                              # (1, K, h, w)
@@ -421,19 +724,27 @@ def export_cams(generator, data, folder, scales, device, rank, world):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Trains the mask generator from image-level labels; exports CAMs.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    needed = not any(word.startswith("--fetch") for word in (sys.argv[1:] if argv is None else argv))
     files = parser.add_argument_group("files")
-    files.add_argument("--data", required=True, metavar="ROOT", help="VOC 2012 root (JPEGImages, Annotations, ImageSets)")
-    files.add_argument("--split", default="train", help="list in ImageSets/Segmentation to train on and to export")
+    files.add_argument("--data", required=needed, metavar="ROOT", help="VOC 2012 root (has JPEGImages), COCO 2014 root (has "
+                       "annotations/instances_*.json) or your own photos (images, labels.csv, classes.txt)")
+    files.add_argument("--split", default="train", help="images to train on and to export: train, train_aug, val, trainval or "
+                       "a list of your own in ImageSets/Segmentation; COCO: train, val; own photos: train, val")
     files.add_argument("--clip", metavar="CKPT", help="CLIP checkpoint, or ViT-B/32 to download it")
     files.add_argument("--vit", metavar="CKPT", help="ImageNet-pretrained DeiT that the generator starts from")
-    files.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, log and CAMs")
+    files.add_argument("--out", required=needed, metavar="DIR", help="folder for checkpoints, log and CAMs")
     files.add_argument("--checkpoint", metavar="FILE", help="export: the phase to export (default OUT/refine.pt)")
     files.add_argument("--cams", metavar="DIR", help="export: where the CAMs go (default OUT/cams)")
+    files.add_argument("--fetch", nargs="+", choices=["voc", "clip", "deit"], help="only download VOC 2012 (2.0 GB), CLIP ViT-B/32 "
+                       "(0.4 GB), DeiT-S (0.1 GB): check, unpack, and say which flags take them; a broken download goes on")
+    files.add_argument("--root", default="data", metavar="DIR", help="--fetch: where to")
     work = parser.add_argument_group("what to run")
     work.add_argument("--phase", choices=[*PHASES, "export", "all"], default="all",
                       help="one phase, starting from the files of the earlier ones, or all and the export")
     work.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
                       help="go on where a killed run with the same flags stopped; finished phases are kept")
+    work.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+                      help="read all photos once before; go on without those that cannot be read, list them at the end, exit 3")
     work.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     work.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
@@ -462,8 +773,14 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if args.fetch:
+        return fetch(args.fetch, Path(args.root))
     rank, world, device = start_processes(args.device)
     out, data = Path(args.out), Data(args.data, args.split)
+    if args.skip_bad:
+        data.leave_out_bad(lambda name: (data.labels(name), data.image(name)))
+    if rank == 0:
+        print(data.describe(), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     K = len(data.classes)
     phases = [args.phase] if args.phase != "all" else [*PHASES, "export"]
@@ -556,8 +873,7 @@ def main(args):
     if "export" in phases:
         generator = load_generator(args.checkpoint or out / "refine.pt", data.classes, remedy).to(device)
         export_cams(generator, data, Path(args.cams or out / "cams"), args.scales, device, rank, world)
-    if world > 1:
-        dist.destroy_process_group()
+    return end_processes(data, rank, world)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -27,7 +26,7 @@ from torchvision.transforms import InterpolationMode, v2
 from clip_model import InputError, run
 from make_pseudo import read_labels
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, Block, load_vit
-from train_cam import Data, build_vit, read_checkpoint, start_processes, train, vit_sizes, write_file
+from train_cam import Data, build_vit, end_processes, read_checkpoint, start_processes, train, vit_sizes, write_file
 
 # Dimension key: B images, K classes, H W pixels, h w patch grid, D ViT width.
 
@@ -90,11 +89,14 @@ class Labelled(Dataset):
     def __len__(self):
         return len(self.data.names)
 
-    def __getitem__(self, i):
-        name = self.data.names[i]
+    def read(self, name):
         photo = self.data.image(name)
+        labels = read_labels(self.folder / f"{name}.png", photo.size[::-1], len(self.data.classes) + 1)
+        return photo, torch.from_numpy(labels)                                                  # PIL, (H, W)
+
+    def __getitem__(self, i):
+        photo, labels = self.read(self.data.names[i])
         W, H = photo.size
-        labels = torch.from_numpy(read_labels(self.folder / f"{name}.png", (H, W), len(self.data.classes) + 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i)
             low, high = self.scales
@@ -118,15 +120,17 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Trains the segmentation model on label PNGs.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("--data", required=True, metavar="ROOT", help="VOC 2012 root")
-    files.add_argument("--split", default="train", help="list in ImageSets/Segmentation")
+    files.add_argument("--data", required=True, metavar="ROOT", help="as for train_cam.py; photos are read")
+    files.add_argument("--split", default="train", help="as for train_cam.py")
     files.add_argument("--labels", required=True, metavar="DIR",
-                       help="NAME.png: pseudo masks, or ROOT/SegmentationClass for full supervision")
+                       help="NAME.png: pseudo masks; for full supervision ROOT/SegmentationClass, or what eval.py --save-truth has")
     files.add_argument("--vit", required=True, metavar="CKPT", help="ImageNet-pretrained DeiT")
     files.add_argument("--out", required=True, metavar="DIR", help="where seg.pt and log.jsonl go")
     work = parser.add_argument_group("what to run")
     work.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
                       help="go on where a killed run with the same flags stopped")
+    work.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="read all photos and labels once "
+                      "before; go on without those that cannot be read, list them at the end, exit 3")
     work.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     work.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
@@ -149,6 +153,8 @@ def main(args):
     rank, world, device = start_processes(args.device)
     data, out = Data(args.data, args.split), Path(args.out)
     dataset = Labelled(data, args.labels, args.crop, args.seed, args.scale)
+    if args.skip_bad:
+        data.leave_out_bad(dataset.read)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model = Segmenter(load_vit(args.vit), len(data.classes) + 1, args.decoder).to(device)
@@ -168,8 +174,7 @@ def main(args):
                      "classes": data.classes, "words": data.words, "args": vars(args)}
             write_file(out / "seg.pt", lambda path: torch.save(state, path))
             (out / "seg.part").unlink(missing_ok=True)
-    if world > 1:
-        dist.destroy_process_group()
+    return end_processes(data, rank, world)
 
 
 if __name__ == "__main__":
