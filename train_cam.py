@@ -285,6 +285,7 @@ class Photos(DataSet):
 
     def __init__(self, root, split):
         files = sorted(path for path in root.glob("images/*") if path.suffix.lower() in self.suffixes and path.name[0] != ".")
+        self.root = root
         self.files = {}  # a file's name, and also its stem, as people and their spreadsheets write it -> its path
         for path in files:
             if composed(path.stem) in self.files:
@@ -395,8 +396,9 @@ def unpack(archive, voc):
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
+            whole = Path(folder, VOC_ARCHIVE["base_dir"]).resolve(strict=True)
             voc.parent.mkdir(exist_ok=True)
-            os.replace(Path(folder, VOC_ARCHIVE["base_dir"]), voc)
+            os.replace(whole, voc)
         except (OSError, tarfile.TarError) as error:
             raise InputError(f"{archive}: cannot be unpacked ({error}); expected VOC 2012's archive and room for as much again; "
                              "make room, or unpack it by hand") from None
