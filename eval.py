@@ -138,7 +138,7 @@ def main(args):
         if "=" not in column:
             raise InputError(f"--columns {column}: expected CAPTION=DIR, DIR a folder of CAMs or label PNGs")
     what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
-    threshold, chosen = background_score(args.threshold, data, args.cams) if args.cams else (None, None)
+    threshold, chosen = background_score(args.threshold, data, args.cams, rank, world, device) if args.cams else (None, None)
     model = load_segmenter(args.checkpoint, data.classes).to(device) if args.checkpoint else None
     sweep = [round(0.02 * i, 2) for i in range(1, 50)] if args.cams and args.oracle_sweep else []
     counts = np.zeros((1 + len(sweep), C, C), np.int64)
