@@ -253,7 +253,7 @@ def main(args):
             write_labels(Path(args.save_truth) / f"{name}.png", read_truth(data, name, data.image(name).size[::-1]))
         return end_processes(data, rank, world)
     what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
-    threshold, chosen = background_score(args.threshold, data, args.cams) if args.cams else (None, None)
+    threshold, chosen = background_score(args.threshold, data, args.cams, rank, world, device) if args.cams else (None, None)
     model = load_segmenter(args.checkpoint, data.classes).to(device) if args.checkpoint else None
     sweep = [round(0.02 * i, 2) for i in range(1, 50)] if args.cams and args.oracle_sweep else []
     counts = np.zeros((1 + len(sweep), C, C), np.int64)

@@ -14,6 +14,11 @@ on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), as the re
     [detail C1] The paper leaves j = i out of C3; pydensecrf does not, nor is it left out here.
     [detail C2] Each kernel is normalised, k_ij / sqrt(n_i n_j) with n_i = Σ_j k_ij: pydensecrf's default.
     [detail C3] Probabilities are raised to 1e-5 at least, as by pydensecrf's unary_from_softmax.
+
+Reads photos, image-level labels and the CAMs of train_cam.py; writes OUT/NAME.png, class numbers in VOC's palette.
+
+    python make_pseudo.py --data VOCdevkit/VOC2012 --cams runs/voc/cams --out runs/voc/masks     # started again: goes on
+    torchrun --nproc-per-node 4 make_pseudo.py ... the same ...                 # processes share the images; the same PNGs
 """
 import argparse
 import math
@@ -22,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -38,13 +44,15 @@ PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weig
     "prob": dict(unary="prob", gaussian=(1, 3), bilateral=(67, 3, 4)),  # CLIP-ES, and COCO test images
     "none": None,
 }
-MIN_PROB = 1e-5  # [detail C3]  -log 0 would forbid a label for good
-PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}  # small images share a lattice up to here: caches want few, a GPU many
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dense CRF: what goes in
 # ---------------------------------------------------------------------------------------------------------------------
+
+MIN_PROB = 1e-5  # [detail C3]  -log 0 would forbid a label for good
+PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}  # small images share a lattice up to here: caches want few, a GPU many
+
 
 def hard_unary(labels, num_labels, gt_prob=0.7):
     """Labels (H, W) in 0..C-1 -> probabilities (C, H, W): gt_prob for the given label, the rest shared by the others.
@@ -242,9 +250,10 @@ def dense_crf(image, prob, gaussian=(3, 3), bilateral=(50, 5, 10), iterations=10
         crf.setUnaryEnergy(unary_from_softmax(prob))            # -log(prob), clipped at 1e-5
         crf.addPairwiseGaussian(sxy=sxy, compat=weight)
         crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=image, compat=weight)
-        Q = crf.inference(iterations)
+        Q = np.reshape(crf.inference(iterations), (C, H, W))
 
-    To use it elsewhere copy the dense CRF sections of this file: they need torch alone."""
+    To use it elsewhere copy the four dense CRF sections of this file, and above them its imports of math, NamedTuple,
+    torch and F: they need nothing else."""
     return dense_crf_batch([image], [prob], gaussian, bilateral, iterations)[0]
 
 
@@ -339,10 +348,9 @@ def read_cams(folder, name, present, size):
                          f"expected {expected}; these CAMs are of another class list or data set: export them again")
     if not np.isfinite(cams).all():
         raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
-    cams = torch.from_numpy(cams.astype(np.float32))
-    if len(present) == 0:
-        return cams.new_zeros(0, *size)
-    return F.interpolate(cams[None], size=size, mode="bilinear", align_corners=False)[0]
+    # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not.
+    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in cams.astype(np.float32)]
+    return torch.from_numpy(np.array(maps, np.float32).reshape(len(present), *size))
 
 
 def picture_strip(rows, captions, path, side=128):
@@ -371,20 +379,25 @@ def otsu(histogram):
     return (between.argmax().item() + 1) / len(histogram)
 
 
-def background_score(choice, data, folder):
-    """--bg-score: a number, or "auto": Otsu's threshold on the strongest CAM at each pixel, over the whole split."""
+def background_score(choice, data, folder, rank, world, device):
+    """--bg-score: a number, or "auto": Otsu's threshold on the strongest CAM at each pixel, over the whole split.
+
+    The processes share the images and add up whole numbers: the threshold is the same, however many they are."""
     if choice != "auto":
         try:
             return float(choice), "given"
         except ValueError:
             raise InputError(f"--bg-score or --threshold {choice}: expected a number in (0, 1) or auto") from None
-    histogram = torch.zeros(100)
-    for name in tqdm(data.names, desc="background score", disable=None):
+    histogram = torch.zeros(100, dtype=torch.long)
+    for name in tqdm(data.names[rank::world], desc="background score", disable=None if rank == 0 else True):
         present = np.flatnonzero(data.labels(name))
         if len(present):
             W, H = data.image(name).size
-            histogram += torch.histc(read_cams(folder, name, present, (H, W)).amax(0), 100, 0, 1)
-    return round(otsu(histogram), 2), "auto: Otsu's threshold on the CAM values, no mask read"
+            histogram += torch.histc(read_cams(folder, name, present, (H, W)).amax(0), 100, 0, 1).long()
+    if dist.is_initialized():
+        histogram = histogram.to(device)
+        dist.all_reduce(histogram)
+    return round(otsu(histogram.cpu()), 2), "auto: Otsu's threshold on the CAM values, no mask read"
 
 
 def score_labels(cams, present, threshold):
@@ -452,7 +465,7 @@ def main(args):
     if args.skip_bad:
         data.leave_out_bad(read)
     out.mkdir(parents=True, exist_ok=True)
-    threshold, chosen = background_score(args.bg_score, data, args.cams)
+    threshold, chosen = background_score(args.bg_score, data, args.cams, rank, world, device)
     if rank == 0:
         print(f"background score {threshold} ({chosen}), CRF {args.crf}, {len(data.names)} images of {args.split}")
     for name in tqdm(data.names[rank::world], desc="pseudo masks", disable=None if rank == 0 else True):

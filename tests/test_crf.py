@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from bench_crf import coarse_prob, draw_scene, random_prob
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from make_pseudo import (
     dense_crf_batch,
     dense_crf_slow,
     hard_unary,
+    read_cams,
 )
 
 GOLDEN = Path(__file__).parent / "crf_golden.npz"  # written by make_crf_golden.py
@@ -194,6 +196,39 @@ def test_deterministic_and_leaves_its_input_alone():
     before = image.clone(), prob.clone()
     assert torch.equal(dense_crf(image, prob), dense_crf(image, prob))
     assert torch.equal(image, before[0]) and torch.equal(prob, before[1])
+
+
+def test_the_number_of_threads_changes_no_bit(tmp_path):
+    """What torchrun makes with one thread a process and a lone process with all of them must be the same PNG."""
+    cams = np.random.default_rng(0).random((3, 107, 160)).astype(np.float16)
+    np.save(tmp_path / "photo.npy", cams)
+    image, before, results = draw_scene(428, 640)[0], torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            maps = read_cams(tmp_path, "photo", [0, 1, 2], (428, 640))
+            results.append((maps, dense_crf(image, maps, iterations=2)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    by_torch = F.interpolate(torch.from_numpy(cams.astype(np.float32))[None], size=(428, 640), mode="bilinear")[0]
+    torch.testing.assert_close(maps, by_torch, atol=2e-6, rtol=0)  # measured 2e-7
+
+
+def test_the_sections_can_be_copied_and_need_torch_alone():
+    """What the docstring of dense_crf promises to people with another project."""
+    text = (Path(__file__).parent.parent / "make_pseudo.py").read_text(encoding="utf-8")
+    ruler = "# " + "-" * 117 + "\n"
+    sections = [ruler + part + ruler + body for part, body in zip(text.split(ruler)[1::2], text.split(ruler)[2::2], strict=True)
+                if part.startswith("# Dense CRF")]
+    copy = ("import math\nfrom typing import NamedTuple\nimport torch\nimport torch.nn.functional as F\n" + "".join(sections))
+    assert len(sections) == 4 and copy.count("import ") == 4
+    theirs = {"__name__": "another_project"}
+    exec(compile(copy, "copy", "exec"), theirs)
+    image, labels = draw_scene(30, 40)
+    prob = theirs["hard_unary"](labels, 3)
+    assert torch.equal(theirs["dense_crf"](image, prob, iterations=3), dense_crf(image, hard_unary(labels, 3), iterations=3))
+    assert torch.equal(theirs["dense_crf_slow"](image, prob, iterations=3), dense_crf_slow(image, prob, iterations=3))
 
 
 def test_edges_attract_labels():

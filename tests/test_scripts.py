@@ -1,6 +1,7 @@
 """The scripts through their command lines: the whole chain, the files they promise, and what users get wrong."""
 import importlib
 import json
+import os
 import runpy
 import shutil
 import socket
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT, TINY
 from PIL import Image
 
-from make_pseudo import PALETTE
+from make_pseudo import PALETTE, PRESETS, dense_crf, hard_unary, read_cams
 from train_cam import Data
 
 SCRIPTS = ["clip_model", "mask_generator", "train_cam", "make_pseudo", "train_seg", "eval"]
@@ -27,6 +28,10 @@ def names_in(root, split="train"):
 
 def files_in(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def bytes_in(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def call(script, *flags):
@@ -164,15 +169,58 @@ def test_clip_model_and_mask_generator(toy, capsys):
 
 def test_finished_pngs_are_kept_and_broken_ones_redone(toy, chain, tmp_path):
     masks = shutil.copytree(chain / "masks", tmp_path / "masks")
-    broken, kept = (masks / f"{name}.png" for name in names_in(toy / "VOC2012")[:2])
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:-30])
-    stamp = kept.stat().st_mtime_ns
+    redo = names_in(toy / "VOC2012")[:3]
+    cut(masks / f"{redo[0]}.png", -30)
+    cut(masks / f"{redo[1]}.png", 0)
+    (masks / f"{redo[2]}.png").unlink()
+    before = files_in(masks)
     flags = ["--data", toy / "VOC2012", "--cams", chain / "cam/cams", "--out", masks, "--device", "cpu"]
     call("make_pseudo", *flags)
-    assert broken.read_bytes() == whole and kept.stat().st_mtime_ns == stamp
-    call("make_pseudo", *flags, "--overwrite", "--crf", "none")
-    assert kept.stat().st_mtime_ns > stamp
+    assert bytes_in(masks) == bytes_in(chain / "masks")
+    after = files_in(masks)
+    assert {name for name in after if after[name] != before.get(name)} == {f"{name}.png" for name in redo}
+    call("make_pseudo", *flags, "--overwrite")
+    assert bytes_in(masks) == bytes_in(chain / "masks")
+    assert all(stamp > after[name] for name, stamp in files_in(masks).items())
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_pngs(toy, chain, tmp_path, capsys):
+    """Each reads half of the CAMs for the background score and writes half of the PNGs; unequal halves."""
+    lists = toy / "VOC2012/ImageSets/Segmentation"
+    root = tmp_path / "voc"
+    shutil.copytree(toy / "VOC2012", root, ignore=shutil.ignore_patterns("ImageSets", "SegmentationClass"))
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join((lists / "train.txt").read_text().split()[:11]))
+    flags = ["--data", root, "--cams", chain / "cam/cams", "--min-confidence", 0.8, "--device", "cpu"]
+    call("make_pseudo", *flags, "--out", tmp_path / "one")
+    printed = capsys.readouterr().out
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "make_pseudo.py",
+               *flags, "--out", tmp_path / "two"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed and "auto: Otsu" in printed  # the same threshold, said once
+    assert len(bytes_in(tmp_path / "one")) == 11 and bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+
+
+@pytest.mark.parametrize("preset", ["voc", "prob"])
+def test_min_confidence(toy, chain, tmp_path, preset):
+    """255 exactly where the CRF's best probability is below; elsewhere nothing changes."""
+    flags = ["--data", toy / "VOC2012", "--cams", chain / "cam/cams", "--crf", preset, "--bg-score", 0.4, "--device", "cpu"]
+    call("make_pseudo", *flags, "--out", tmp_path / "all")
+    call("make_pseudo", *flags, "--out", tmp_path / "sure", "--min-confidence", 0.8)
+    data, ignored = Data(toy / "VOC2012", "train"), 0
+    for name in data.names:
+        photo, present = np.array(data.image(name)), np.flatnonzero(data.labels(name))
+        cams = read_cams(chain / "cam/cams", name, present, photo.shape[:2])
+        prob = torch.cat([torch.full_like(cams[:1], 0.4), cams])
+        prob = hard_unary(prob.argmax(0), len(prob)) if preset == "voc" else prob / prob.sum(0)
+        unsure = (dense_crf(torch.from_numpy(photo), prob, *list(PRESETS[preset].values())[1:]).amax(0) < 0.8).numpy()
+        every, sure = (np.array(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("all", "sure"))
+        assert (every != 255).all() and np.array_equal(sure, np.where(unsure, 255, every))
+        ignored += unsure.mean() / len(data.names)
+    assert 0 < ignored < 1
 
 
 def test_full_supervision_and_export_of_a_phase(toy, chain, tmp_path):
