@@ -74,8 +74,8 @@ def read_truth(data, name, size):
         return draw_objects(*data.objects(name), size, f"{data.json}: {name}")
     paths = [data.root / folder / f"{name}.png" for folder in data.masks]
     if data.split == "test" and not paths[0].is_file():
-        raise InputError(f"{paths[0]}: no such mask; VOC keeps those of its test images: expected another --split, or prediction "
-                         "only (eval.py --checkpoint with --images or --voc-server), which its server scores")
+        raise InputError(f"{paths[0]}: no such mask; expected one for each image of split test, and VOC gives none: pass another "
+                         "--split, or predict only (eval.py --checkpoint with --images or --voc-server), for its server to score")
     path = next((path for path in paths if path.is_file()), paths[0])  # SBD's mask where VOC itself has none
     return read_labels(path, size, len(data.classes) + 1)
 

@@ -14,6 +14,7 @@ prompt vectors p_k only, on the regions of match.pt. All means run over the N (i
 Reads photos and image-level labels of a VOC, a COCO or a folder of your own (Data); never a mask.
 Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy.
 
+    python train_cam.py --fetch voc clip deit --root data                                  # VOC 2012 and the weights
     python train_cam.py --data VOCdevkit/VOC2012 --split train_aug --clip ViT-B/32 --vit deit_small.pth --out runs/voc
     torchrun --nproc-per-node 4 train_cam.py ... the same ...                              # one process per GPU
     python train_cam.py --data ROOT --clip CKPT --vit CKPT --out DIR --phase export --checkpoint DIR/match.pt --cams DIR2
