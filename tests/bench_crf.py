@@ -186,16 +186,39 @@ def gpu_throughput(num_images=88, height=375, width=500, num_labels=4):
           f"images/s, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, {100 * min(same):.4f} % of labels as on the CPU")
 
 
+def draw_farm(height=180, width=240, seed=0):
+    """Two things of the toy world on a meadow, larger than there: cow 1, bird 2 -> image, labels as of draw_scene"""
+    from toy_world import PAINTERS, smooth_noise
+    rng = np.random.default_rng(seed)
+    rows = np.linspace(0, 1, height)[:, None, None]
+    sky, meadow = np.array([120, 170, 215]) + 50 * rows, np.array([95, 160, 75]) - 45 * rows
+    canvas = np.where(rows < 0.45, sky, meadow + 35 * smooth_noise(rng, 30, width)[:height, :, None])
+    picture = Image.fromarray(canvas.astype(np.uint8)).resize((4 * width, 4 * height), Image.BICUBIC)
+    labels = Image.new("L", picture.size)
+    for label, name, size, x, y in [(1, "cow", 0.32, 0.38, 0.62), (2, "bird", 0.2, 0.76, 0.27)]:
+        for polygon, colour in PAINTERS[name](rng):
+            points = [(4 * (x * width + size * height * u), 4 * (y * height + size * height * v)) for u, v in polygon]
+            ImageDraw.Draw(picture).polygon(points, colour)
+            ImageDraw.Draw(labels).polygon(points, label)
+    image = np.array(picture.resize((width, height), Image.BOX)) + rng.normal(0, 3, (height, width, 3))
+    labels = np.array(labels.resize((width, height), Image.NEAREST))
+    return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels.astype(np.int64))
+
+
 def picture(file, image, labels):
-    """Image, coarse unary, and the CRF after 1, 3 and 10 steps, side by side with captions"""
-    colours = torch.tensor([[40, 40, 40], [230, 80, 60], [70, 130, 230], [90, 190, 90], [220, 180, 60], [160, 90, 200]])
-    prob = coarse_prob(torch.unique(labels, return_inverse=True)[1])
+    """Image, coarse and noisy unary, and the CRF (irn) after 1, 3 and 10 steps, side by side with captions"""
+    colours = torch.tensor([[255, 255, 255], [215, 60, 60], [50, 100, 225], [60, 160, 60], [220, 160, 30], [150, 80, 190]])
+    cell = max(4, min(labels.shape) // 11)
+    prob = coarse_prob(torch.unique(labels, return_inverse=True)[1], cell, sharpness=5)
+    specks = torch.randn(1, len(prob), *(4 * side // cell for side in labels.shape), generator=torch.Generator().manual_seed(0))
+    prob = (prob.log() + 1.2 * F.interpolate(specks, size=labels.shape)[0]).softmax(0)
+    grey = image.float().mean(2, keepdim=True)
     tiles = [("image", image)]
     for steps in (0, 1, 3, 10):
         Q = dense_crf(image, prob, *list(PRESETS["irn"].values())[1:], iterations=steps)
         tint = torch.einsum("chw,cx->hwx", Q, colours[torch.arange(len(Q)) % len(colours)].float())
         caption = "unary" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
-        tiles.append((caption, (0.35 * image + 0.65 * tint).byte()))
+        tiles.append((caption, (0.3 * grey + 0.7 * tint).byte()))
     H, W, _ = image.shape
     strip = Image.new("RGB", (len(tiles) * (W + 4) - 4, H + 16), "white")
     for i, (caption, tile) in enumerate(tiles):
@@ -228,7 +251,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
 
     if args.picture:
-        image, labels = draw_scene(150, 200, seed=6)
+        image, labels = draw_farm()
         if args.image:
             image, labels = read_image(args.image), torch.from_numpy(np.array(Image.open(args.labels))).long()
         return picture(args.picture, image, labels)

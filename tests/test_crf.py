@@ -212,7 +212,7 @@ def test_the_number_of_threads_changes_no_bit(tmp_path):
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     by_torch = F.interpolate(torch.from_numpy(cams.astype(np.float32))[None], size=(428, 640), mode="bilinear")[0]
-    torch.testing.assert_close(maps, by_torch, atol=2e-6, rtol=0)  # measured 2e-7
+    torch.testing.assert_close(maps, by_torch, atol=6e-7, rtol=0)  # measured 6e-8
 
 
 def test_the_sections_can_be_copied_and_need_torch_alone():
