@@ -312,7 +312,8 @@ def write_labels(path, labels):
 
 
 def read_labels(path, size, num_labels):
-    """A label PNG -> uint8 (H, W). size is (H, W) of its photo. Raises InputError for anything that is no label image."""
+    """A label PNG -> uint8 (H, W). size is (H, W) of its photo, None if any will do. Raises InputError for anything that is
+    no label image. The array is read-only: a copy would cost as much as all checks."""
     try:
         with Image.open(path) as picture:
             mode, labels = picture.mode, np.asarray(picture)
@@ -321,16 +322,19 @@ def read_labels(path, size, num_labels):
                          "write it with make_pseudo.py, or pass the folder that holds it") from None
     if mode not in ("P", "L"):
         raise InputError(f"{path}: mode {mode}; expected class numbers (a palette or grey PNG), not colours; convert it")
-    if labels.shape != size:
+    if size is not None and labels.shape != size:
         raise InputError(f"{path}: {labels.shape[0]}x{labels.shape[1]} (height x width), its photo is {size[0]}x{size[1]}; "
                          "expected equal sizes; make the label image again")
-    foreign = np.setdiff1d(np.unique(labels), [*range(num_labels), 255])
+    signed = labels.view(np.int8)  # 255 is -1 here: two quick looks tell that all is well, or that a slow one is needed
+    foreign = []
+    if signed.min() < -1 or signed.max() >= num_labels:
+        foreign = np.setdiff1d(labels, [*range(num_labels), 255])
     if len(foreign):
         coco = num_labels == 81 and foreign[-1] <= 90
         raise InputError(f"{path}: holds label {foreign[-1]}; expected 0 to {num_labels - 1} or 255 (ignore); " + (
             "these are COCO's 91 category ids: renumber them, 1 to 80 in their order, or write masks with eval.py --save-truth"
             if coco else "it was made for another class list"))
-    return labels.astype(np.uint8)
+    return labels
 
 
 def read_cams(folder, name, present, size):

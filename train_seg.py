@@ -63,15 +63,16 @@ class Segmenter(nn.Module):
         return scores[:, :, :image.shape[2], :image.shape[3]]
 
 
-def load_segmenter(path, classes):
-    """OUT/seg.pt -> Segmenter in eval mode, on the CPU."""
+def load_segmenter(path, classes=None):
+    """OUT/seg.pt -> Segmenter in eval mode, on the CPU; .classes are the K it was trained for, and those given if any are."""
     remedy = "train one with train_seg.py"
     state = read_checkpoint(path, "segmenter", remedy)
-    if state["classes"] != list(classes):
+    if classes is not None and state["classes"] != list(classes):
         raise InputError(f"{path}: trained for {len(state['classes'])} classes ({', '.join(state['classes'][:4])}, ...), the data "
                          f"has {len(classes)} ({', '.join(classes[:4])}, ...); pass the data it was trained for")
-    model = Segmenter(build_vit(state["vit"]), len(classes) + 1, state["decoder"])
+    model = Segmenter(build_vit(state["vit"]), len(state["classes"]) + 1, state["decoder"])
     model.load_state_dict(state["segmenter"])
+    model.classes = state["classes"]
     return model.eval()
 
 
@@ -92,7 +93,7 @@ class Labelled(Dataset):
     def read(self, name):
         photo = self.data.image(name)
         labels = read_labels(self.folder / f"{name}.png", photo.size[::-1], len(self.data.classes) + 1)
-        return photo, torch.from_numpy(labels)                                                  # PIL, (H, W)
+        return photo, torch.from_numpy(labels.copy())                                           # PIL, (H, W)
 
     def __getitem__(self, i):
         photo, labels = self.read(self.data.names[i])
