@@ -14,6 +14,7 @@ Details that the paper leaves open:
     [detail 1] A_c2p is multiplied by the number of patches and the rows of A_p2p are divided by their sums, so that
                uniform attention changes nothing and the fine CAM has the scale of the coarse one at any image size.
     [detail 2] The pooled fine prediction uses coarse without relu: an absent class can then score below zero.
+    [detail 3] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
 
 Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
 
@@ -174,9 +175,9 @@ class AttentionFusion(nn.Module):
 class MaskGenerator(nn.Module):
     """S: X (B, 3, H, W) -> CAMs (B, K, h, w), with the three image-level predictions that train it."""
 
-    def __init__(self, vit, num_classes):
+    def __init__(self, vit, num_classes, class_attention=True):
         super().__init__()
-        self.trunk, self.num_classes = vit, num_classes
+        self.trunk, self.num_classes, self.class_attention = vit, num_classes, class_attention
         vit.head = None  # its ImageNet classes are not ours
         self.class_tokens = nn.Parameter((vit.cls_token + vit.pos_embed[:, :1]).detach().repeat(1, num_classes, 1))
         vit.cls_token.requires_grad_(False)  # replaced by the class tokens
@@ -196,7 +197,7 @@ class MaskGenerator(nn.Module):
             tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, with_maps=True)
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
         fused = self.fusion(maps, features)                                     # [eq. W2]      # (B, T, T)
-        c2p = fused[:, :K, K:] * (h * w)                                        # [detail 1]    # (B, K, h*w)
+        c2p = fused[:, :K, K:] * (h * w) if self.class_attention else 1         # [detail 1, 3] # (B, K, h*w)
         p2p = fused[:, K:, K:]
         p2p = p2p / p2p.sum(dim=2, keepdim=True)                                                # (B, h*w, h*w)
         spread = lambda maps: (c2p * maps.flatten(2)) @ p2p.transpose(1, 2)     # [eq. W3]      # noqa: E731

@@ -503,7 +503,7 @@ def load_generator(path, classes, remedy):
     if state["classes"] != list(classes):
         raise InputError(f"{path}: trained for the {len(state['classes'])} classes {', '.join(state['classes'][:4])}, ...; "
                          f"the data has {len(classes)}: {', '.join(classes[:4])}, ...; train again or pass the other data")
-    generator = MaskGenerator(build_vit(state["vit"]), len(classes))
+    generator = MaskGenerator(build_vit(state["vit"]), len(classes), state["class_attention"])
     generator.load_state_dict(state["generator"])
     return generator.eval()
 
@@ -770,6 +770,9 @@ def parse_args(argv=None):
     recipe.add_argument("--min-area", type=float, default=0.08, help="smallest crop, as a share of the image")
     recipe.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
                         help="RandAugment and random erasing in classify, match and refine")
+    recipe.add_argument("--class-attention", action=argparse.BooleanOptionalAction, default=True,
+                        help="classify: multiply the CAM by class-to-patch attention; leave it out where the trunk's [CLS] "
+                             "was not pretrained, as in the toy world")
     recipe.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.2],
                         help="export: each scale and its flip; COCO 1.0 0.8 1.2")
     return parser.parse_args(argv)
@@ -811,7 +814,7 @@ def main(args):
                  "describe": lambda items: ", ".join(data.names[i] for i in items[2].tolist())}
 
         if phase == "classify":
-            model = MaskGenerator(load_vit(args.vit), K).to(device)
+            model = MaskGenerator(load_vit(args.vit), K, args.class_attention).to(device)
             train(phase, model, strong, classification_losses, adamw(args.lr), args, **begin)
 
         elif phase in ("match", "refine"):
@@ -866,7 +869,7 @@ def main(args):
         if phase == "prompts":
             state["vectors"] = model.vectors.detach().cpu()
         else:
-            state.update(generator=model.state_dict(), vit=vit_sizes(model.trunk))
+            state.update(generator=model.state_dict(), vit=vit_sizes(model.trunk), class_attention=model.class_attention)
         if rank == 0:
             write_file(finished, lambda path, state=state: torch.save(state, path))
             (out / f"{phase}.part").unlink(missing_ok=True)

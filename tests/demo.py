@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {  # short runs of a small model on 600 small pictures want larger rates; its CAMs are exported at one scale
-    "classify": "--epochs 5 --lr 5e-4 --batch 32 --min-area 0.4 --no-augment",
+    "classify": "--epochs 4 --lr 3e-4 --batch 32 --min-area 0.4 --no-augment --no-class-attention",
     "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment",
     "prompts": "--prompt-epochs 10 --lambda-t 0.5 --min-area 0.4",
     "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --lambda-r 1",

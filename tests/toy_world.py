@@ -375,22 +375,34 @@ def new_clip():
     return clip
 
 
-def train_vit(steps=900, B=64):
-    """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in an (untied) scene?
-    The answer must stand in a tenth of the patches, and in [CLS]; pooling all patches would smear it over all of them."""
+def train_vit(steps=1300):
+    """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture?
+
+    The pictures are crops of untied scenes, 16 to 64 pixels wide, each with its image-level labels. The answer must stand
+    in a tenth of the patches, before and after the attention maps spread it: small pictures keep both local, where
+    pooling all patches of large ones would smear the answer over all of them. [CLS] learns nothing here. Runs in
+    bfloat16 where it may, several times as fast on CPUs that have it."""
     vit = ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
-    images, parts = untied_scenes(8000, seed=2000, empty=0.2)
-    labels = F.one_hot(parts.flatten(1).long(), len(THINGS)).amax(dim=1).float()
+    images, parts = untied_scenes(12000, seed=2000, empty=0.2)
+    x, rng = normalized(images, IMAGENET_MEAN, IMAGENET_STD), np.random.default_rng(2001)
 
     def loss():
-        index = torch.randint(len(images), (B,))
-        x = normalized(images[index], IMAGENET_MEAN, IMAGENET_STD)
-        tokens, _ = vit(x.flip(3) if torch.rand(()) < 0.5 else x)
-        logits = vit.head(tokens)                                                               # (B, 1 + h*w, 12)
-        top = logits[:, 1:].topk(logits.shape[1] // 10, dim=1).values.mean(dim=1)
-        return sum(F.multilabel_soft_margin_loss(z, labels[index]) for z in (top, logits[:, 0]))
+        side = rng.choice([16, 24, 32, 48, 64], p=[0.25, 0.2, 0.2, 0.15, 0.2])
+        B = min(512, 64 * (64 // side) ** 2)
+        i, (top, left) = torch.randint(len(x), (B,)), torch.randint(S + 1 - side, (2, B))
+        rows, columns = (top[:, None] + torch.arange(side))[:, :, None], (left[:, None] + torch.arange(side))[:, None]
+        crop = x[i[:, None, None], :, rows, columns].permute(0, 3, 1, 2)                        # (B, 3, side, side)
+        part = parts[i[:, None, None], rows, columns].long()                                    # (B, side, side)
+        labels = (F.one_hot(part.flatten(1), len(THINGS)).sum(dim=1) >= 10).float()             # what shows 10 pixels
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens, (h, w), maps, _ = vit(crop.flip(3) if torch.rand(()) < 0.5 else crop, with_maps=True)
+            p2p = maps.mean(dim=1)[:, 1:, 1:]
+            logits = vit.head(tokens[:, 1:])                                                    # (B, h*w, 12)
+            spread = p2p / p2p.sum(dim=2, keepdim=True) @ logits
+        pooled = [z.float().topk(max(1, h * w // 10), dim=1).values.mean(dim=1) for z in (logits, spread)]
+        return sum(F.multilabel_soft_margin_loss(z, labels) for z in pooled)
 
-    fit("vit", vit.parameters(), loss, steps, lr=1e-3, peak=1e-3, weight_decay=0.05)
+    fit("vit", vit.parameters(), loss, steps, lr=1.5e-3, peak=1.5e-3, weight_decay=0.05)
     return vit
 
 
