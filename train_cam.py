@@ -718,7 +718,7 @@ def export_cams(generator, data, folder, scales, device, rank, world):
                 cam, _ = generator(x.flip(3) if flip else x)
                 cam = cam.flip(3) if flip else cam                                              # (1, K, h, w)
                 total = total + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)[0, present]
-        maps = region_masks(total, quarter, eps=1e-6)[:, 0] if len(present) else total          # (n, H/4, W/4)
+        maps = region_masks(total, quarter, eps=1e-12)[:, 0] if len(present) else total          # (n, H/4, W/4)
         write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps.cpu().numpy().astype(np.float16)))
 
 
