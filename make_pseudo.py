@@ -21,6 +21,7 @@ Reads photos, image-level labels and the CAMs of train_cam.py; writes OUT/NAME.p
     torchrun --nproc-per-node 4 make_pseudo.py ... the same ...                 # processes share the images; the same PNGs
 """
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from clip_model import InputError, run
-from train_cam import Data, end_processes, start_processes, write_file
+from train_cam import BACKGROUND, Data, end_processes, start_processes, write_file
 
 # Dimension key: B images, H W pixels, C labels of a CRF, V pixels of all images that share a lattice, M lattice points,
 #                d features of a pixel (2: x y, or 5: x y r g b).
@@ -384,7 +385,8 @@ def otsu(histogram):
 
 
 def background_score(choice, data, folder, rank, world, device):
-    """--bg-score: a number, or "auto": Otsu's threshold on the strongest CAM at each pixel, over the whole split.
+    """--bg-score: a number, or "auto": the score that train_cam.py wrote beside the CAMs; where there is none, as beside CAMs
+    of other origin, Otsu's threshold on the strongest CAM at each pixel, over the whole split.
 
     The processes share the images and add up whole numbers: the threshold is the same, however many they are."""
     if choice != "auto":
@@ -392,6 +394,13 @@ def background_score(choice, data, folder, rank, world, device):
             return float(choice), "given"
         except ValueError:
             raise InputError(f"--bg-score or --threshold {choice}: expected a number in (0, 1) or auto") from None
+    chosen = Path(folder) / BACKGROUND
+    if chosen.is_file():
+        try:
+            return float(json.loads(chosen.read_text())["background_score"]), "auto: as CLIP reads its masks best, no mask read"
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{chosen}: no background score in it; expected what train_cam.py --phase export writes; export "
+                             "again, or pass a number") from None
     histogram = torch.zeros(100, dtype=torch.long)
     for name in tqdm(data.names[rank::world], desc="background score", disable=None if rank == 0 else True):
         present = np.flatnonzero(data.labels(name))

@@ -188,13 +188,15 @@ class MaskGenerator(nn.Module):
         """What (a) and (c) train: the head and the fusion. The trunk and the class tokens stay."""
         return [*self.head.parameters(), *self.fusion.parameters()]
 
-    def forward(self, image, frozen_trunk=False):
-        """image (B, 3, H, W) ImageNet-normalised.
-        Returns cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled coarse, pooled fine.
-        frozen_trunk: no gradient reaches the trunk and the class tokens, and none is computed."""
-        K = self.num_classes
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
-            tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, with_maps=True)
+    def look(self, image):
+        """image (B, 3, H, W) ImageNet-normalised -> what the trunk sees: tokens (B, K + h*w, D), maps (B, L*A, T, T),
+        head features (B, L*A, 64) and the grid (h, w)."""
+        tokens, grid, maps, features = self.trunk(image, self.class_tokens, with_maps=True)
+        return tokens, maps, features, grid
+
+    def answer(self, tokens, maps, features, grid):
+        """What `look` returned -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled coarse, pooled fine."""
+        K, (h, w) = self.num_classes, grid
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
         fused = self.fusion(maps, features)                                     # [eq. W2]      # (B, T, T)
         c2p = fused[:, :K, K:] * (h * w) if self.class_attention else 1         # [detail 1, 3] # (B, K, h*w)
@@ -204,6 +206,10 @@ class MaskGenerator(nn.Module):
         cam = spread(coarse.relu()).unflatten(2, (h, w))                                        # (B, K, h, w)
         logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), spread(coarse).mean(dim=2)])
         return cam, logits
+
+    def forward(self, image=None, seen=None):
+        """image (B, 3, H, W), or seen, what `look` made of it: then no gradient reaches the trunk. Returns as `answer`."""
+        return self.answer(*(seen or self.look(image)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length.
 
 PHASES = ["classify", "match", "prompts", "refine"]
+BACKGROUND = "background.json"  # beside exported CAMs: the background score that goes with them
+SCORES = [round(0.05 * i, 2) for i in range(2, 20)]  # those it is chosen from
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"  # named by the head of its SHA-256
 VOC_ARCHIVE = DATASET_YEAR_DICT["2012"]  # url, filename, md5, base_dir
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -430,6 +432,29 @@ class Crops(Dataset):
         return image, torch.from_numpy(self.targets[i]).float(), i
 
 
+class SeenCrops(Dataset):
+    """The first `views` crops of every image, and what the frozen trunk sees in them, in memory as float16. [detail 6]
+
+    Item i is (image, labels, i, tokens, maps, features); epoch e takes view e modulo `views`."""
+
+    def __init__(self, crops, generator, views, device, quiet):
+        self.epoch, self.views = 0, []
+        for crops.epoch in range(views):
+            loader = DataLoader(crops, 64)
+            rows = []
+            for image, labels, i in tqdm(loader, f"trunk, view {crops.epoch + 1}/{views}", disable=True if quiet else None):
+                with torch.no_grad():
+                    *seen, self.grid = generator.look(image.to(device))
+                rows.append([image, labels, i, *(part.half().cpu() for part in seen)])
+            self.views.append([torch.cat(column) for column in zip(*rows)])
+
+    def __len__(self):
+        return len(self.views[0][0])
+
+    def __getitem__(self, i):
+        return tuple(column[i] for column in self.views[self.epoch % len(self.views)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, files, log
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,11 +481,11 @@ def end_processes(data, rank, world):
 
 
 def sum_over_processes(value, device):
-    """A number -> its sum over all processes."""
-    value = torch.tensor(float(value), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    """A number or a tensor -> its sum over all processes, as a number or on the CPU."""
+    total = torch.as_tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32).to(device, copy=True)
     if dist.is_initialized():
-        dist.all_reduce(value)
-    return value.item()
+        dist.all_reduce(total)
+    return total.cpu() if torch.is_tensor(value) else total.item()
 
 
 def write_file(path, write):
@@ -506,6 +531,17 @@ def load_generator(path, classes, remedy):
     generator = MaskGenerator(build_vit(state["vit"]), len(classes), state["class_attention"])
     generator.load_state_dict(state["generator"])
     return generator.eval()
+
+
+@torch.no_grad()
+def load_prompts(path, clip, classes, remedy):
+    """OUT/prompts.pt -> u^b (K, E)."""
+    state = read_checkpoint(path, "vectors", remedy)
+    vectors = state["vectors"].to(clip.token_embedding.weight.device)
+    if state["classes"] != list(classes) or vectors.shape[2] != clip.text_width:
+        raise InputError(f"{path}: prompts for {len(state['classes'])} classes of width {vectors.shape[2]}; expected those of "
+                         f"this data and CLIP ({len(classes)}, {clip.text_width}); run --phase prompts again")
+    return clip.encode_prompts(vectors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,18 +594,27 @@ def for_clip(image):
     return (image * std + mean - clip_mean) / clip_std
 
 
+def clip_view(clip, image):
+    """ImageNet-normalised images (B, 3, H, W) -> X (B, 3, R, R), of CLIP's size and in its normalisation."""
+    side = (clip.resolution, clip.resolution)
+    return for_clip(F.interpolate(image, size=side, mode="bicubic", antialias=True) if image.shape[2:] != side else image)
+
+
+def embed_masked(clip, X, M, parts="fb"):
+    """X (N, 3, R, R), M (N, 1, R, R) -> v_f, v_b (N, E): CLIP's view of what M keeps and drops; None where `parts` lacks it."""
+    regions = ([M * X] if "f" in parts else []) + ([(1 - M) * X] if "b" in parts else [])       # X_k^f, X_k^b
+    v = clip.encode_image(torch.cat(regions)).split(len(M)) if len(M) else [X.new_zeros(0, clip.embed_dim)] * 2
+    return v[0] if "f" in parts else None, v[-1] if "b" in parts else None
+
+
 def embed_regions(clip, image, cam, labels, eps, parts="fb"):
     """CLIP's view of every present class's foreground and background.
 
     image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K).
     Returns v_f, v_b (N, E; None where `parts` lacks it) and the classes (N,) of the pairs, in order of image, class."""
     b, k = labels.nonzero(as_tuple=True)                                                        # (N,), (N,)
-    side = (clip.resolution, clip.resolution)
-    X = for_clip(F.interpolate(image, size=side, mode="bicubic", antialias=True) if image.shape[2:] != side else image)
-    X, M = X[b], region_masks(cam[b, k], side, eps)                                             # (N, 3, R, R), (N, 1, R, R)
-    regions = ([M * X] if "f" in parts else []) + ([(1 - M) * X] if "b" in parts else [])       # X_k^f, X_k^b
-    v = clip.encode_image(torch.cat(regions)).split(len(b)) if len(b) else [X.new_zeros(0, clip.embed_dim)] * 2
-    return v[0] if "f" in parts else None, v[-1] if "b" in parts else None, k
+    M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)                        # (N, 1, R, R)
+    return *embed_masked(clip, clip_view(clip, image)[b], M, parts), k
 
 
 class Prompts(nn.Module):
@@ -722,6 +767,32 @@ def export_cams(generator, data, folder, scales, device, rank, world):
         write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps.cpu().numpy().astype(np.float16)))
 
 
+@torch.no_grad()
+def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=100):
+    """For each background score in SCORES, how CLIP reads the hard regions that it cuts from the exported CAMs:
+    (scores, 3), the terms of L_total: -log c(sim(v^f, u^f)), -log(1 - c(sim(v^b, u^f))) [eq. 1], L_refine [eq. 3].
+
+    Means over the pairs of up to `most` images, spread over the split. Looks at photos, labels and CAMs; at no mask."""
+    terms, pairs, R = torch.zeros(len(SCORES), 3, dtype=torch.float64), 0, clip.resolution
+    names = data.names[::max(1, len(data.names) // most)][:most]
+    for name in tqdm(names[rank::world], desc="background score", disable=None if rank == 0 else True):
+        k = torch.from_numpy(data.labels(name)).nonzero()[:, 0].to(device)                      # (n,)
+        if len(k) == 0:
+            continue
+        photo = v2.functional.pil_to_tensor(data.image(name)).to(device).float() / 255
+        X = clip_view(clip, v2.functional.normalize(photo, IMAGENET_MEAN, IMAGENET_STD)[None])  # (1, 3, R, R)
+        cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()             # (n, H/4, W/4)
+        cams = F.interpolate(cams[None], size=(R, R), mode="bilinear", align_corners=False)[0]  # (n, R, R)
+        winner = cams == cams.amax(0)
+        for i, score in enumerate(SCORES):
+            v_f, v_b = embed_masked(clip, X, (winner & (cams > score)).float()[:, None])        # (n, E) each
+            terms[i] += torch.stack([-c(cosine(v_f, u_f[k])).log().sum(), -(1 - c(cosine(v_b, u_f[k]))).log().sum(),
+                                     -(1 - c(cosine(v_f, u_b[k]))).log().sum()]).cpu()
+        pairs += len(k)
+    terms, pairs = (sum_over_processes(value, device) for value in (terms, pairs))
+    return terms / max(1, pairs)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -755,6 +826,8 @@ def parse_args(argv=None):
     recipe.add_argument("--epochs", type=int, default=60, help="epochs of classify, match and refine")
     recipe.add_argument("--batch", type=int, default=64, help="images per step, over all processes")
     recipe.add_argument("--lr", type=float, default=6.4e-5, help="AdamW's rate in classify, match and refine; COCO 3.2e-7")
+    recipe.add_argument("--trunk-lr", type=float, default=1.0, help="classify: rate of the trunk as a share of --lr; less keeps "
+                        "what its pretraining knows")
     recipe.add_argument("--weight-decay", type=float, default=0.03, help="AdamW's, in every phase")
     recipe.add_argument("--lambda-b", type=float, default=2.4,
                         help="weight of the background term of L_match; larger: bigger masks; COCO 0.75")
@@ -767,6 +840,8 @@ def parse_args(argv=None):
     recipe.add_argument("--lambda-t", type=float, default=0.02, help="weight of L_T; larger: further from the class; COCO 0.01")
     recipe.add_argument("--repel", choices=["text", "text-log", "image"], default="text",
                         help="what L_T pushes the prompt away from: the class text, the same unbounded, the foreground")
+    recipe.add_argument("--mask-views", type=int, default=0, help="match, refine: random crops of each image, the frozen trunk's "
+                        "output kept in memory (float16); 0: new crops every epoch. A crop of 224 takes 7 MB with DeiT-S")
     recipe.add_argument("--min-area", type=float, default=0.08, help="smallest crop, as a share of the image")
     recipe.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
                         help="RandAugment and random erasing in classify, match and refine")
@@ -796,11 +871,11 @@ def main(args):
         for flag in ("clip", "vit"):
             if getattr(args, flag) is None:
                 raise InputError(f"--{flag} is missing; phase {phases[0]} needs that checkpoint; see --help")
-        clip = load_clip(args.clip, device)
+    clip = load_clip(args.clip, device) if args.clip else None
+    if clip:
         u_f = class_texts(clip, data.words, device)                                             # (K, E)
-        side = clip.resolution
-        plain = Crops(data, side, args.seed, args.min_area)
-        strong = Crops(data, side, args.seed, args.min_area, strong=args.augment)
+        plain = Crops(data, clip.resolution, args.seed, args.min_area)
+        strong = Crops(data, clip.resolution, args.seed, args.min_area, strong=args.augment)
     shared = {"rank": rank, "world": world, "device": device}
 
     for phase in phases:
@@ -808,8 +883,9 @@ def main(args):
         if phase == "export" or (args.resume and finished.is_file()):
             continue
         torch.manual_seed(args.seed)
-        adamw = lambda lr: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,  # noqa: E731
-                                             weight_decay=args.weight_decay)
+        adamw = lambda lr: torch.optim.AdamW([  # noqa: E731
+            {"params": [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("trunk.") == trunk],
+             "lr": lr * (args.trunk_lr if trunk else 1)} for trunk in (True, False)], weight_decay=args.weight_decay)
         begin = {"epochs": args.epochs, "batch": args.batch, **shared,
                  "describe": lambda items: ", ".join(data.names[i] for i in items[2].tolist())}
 
@@ -823,16 +899,16 @@ def main(args):
             for parameter in model.mask_parameters():
                 parameter.requires_grad_(True)
             if phase == "refine":
-                prompts = read_checkpoint(out / "prompts.pt", "vectors", remedy)
-                if prompts["classes"] != data.classes or prompts["vectors"].shape[2] != clip.text_width:
-                    raise InputError(f"{out / 'prompts.pt'}: prompts for {len(prompts['classes'])} classes of width "
-                                     f"{prompts['vectors'].shape[2]}; expected those of this data and CLIP ({K}, "
-                                     f"{clip.text_width}); run --phase prompts again")
-                with torch.no_grad():
-                    u_b = clip.encode_prompts(prompts["vectors"].to(device))                    # (K, E)
+                u_b = load_prompts(out / "prompts.pt", clip, data.classes, remedy)             # (K, E)
+            views = SeenCrops(strong, model, args.mask_views, device, rank > 0) if args.mask_views else strong
 
-            def mask_losses(generator, image, labels, i, phase=phase):
-                cam, _ = generator(image, frozen_trunk=True)
+            def mask_losses(generator, image, labels, i, *seen, phase=phase, model=model, views=views):
+                if seen:
+                    seen = *(part.float() for part in seen), views.grid
+                else:
+                    with torch.no_grad():
+                        seen = model.look(image)
+                cam, _ = generator(seen=seen)
                 v_f, v_b, k = embed_regions(clip, image, cam, labels, eps=0.1)                  # (N, E), (N, E), (N,)
                 if len(k) == 0:
                     names = ["match", "loss", *(["refine"] if phase == "refine" else [])]  # as below: sums run over processes
@@ -844,7 +920,7 @@ def main(args):
                     values["loss"] = values["match"] + args.lambda_r * values["refine"]         # L_total
                 return values, len(k)
 
-            train(phase, model, strong, mask_losses, adamw(args.lr), args, **begin)
+            train(phase, model, views, mask_losses, adamw(args.lr), args, **begin)
 
         elif phase == "prompts":
             generator = load_generator(out / "match.pt", data.classes, remedy).to(device)
@@ -878,7 +954,17 @@ def main(args):
 
     if "export" in phases:
         generator = load_generator(args.checkpoint or out / "refine.pt", data.classes, remedy).to(device)
-        export_cams(generator, data, Path(args.cams or out / "cams"), args.scales, device, rank, world)
+        folder, prompts = Path(args.cams or out / "cams"), out / "prompts.pt"
+        export_cams(generator, data, folder, args.scales, device, rank, world)
+        if world > 1:
+            dist.barrier()
+        if clip and prompts.is_file():
+            u_b = load_prompts(prompts, clip, data.classes, remedy)
+            terms = score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world)        # (scores, 3)
+            total = terms[:, 2]  # TODO
+            chosen = {"background_score": SCORES[total.argmin()], "loss": dict(zip(map(str, SCORES), total.tolist()))}
+            if rank == 0:
+                write_file(folder / BACKGROUND, lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
     return end_processes(data, rank, world)
 
 

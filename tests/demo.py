@@ -19,6 +19,7 @@ FLAGS = {  # short runs of a small model on 600 small pictures want larger rates
     "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment",
     "prompts": "--prompt-epochs 10 --lambda-t 0.5 --min-area 0.4",
     "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --lambda-r 1",
+    "export": "--scales 1.0 1.2",
     "seg": "--crop 64 --scale 0.75 1.5 --epochs 10 --batch 8 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 1",
     "test": "--scales 0.5 0.75 1 1.25 1.5 1.75 --crf prob",  # as WeakTr tests its segmenter
 }
@@ -44,12 +45,13 @@ def main(args):
     voc, cam = f"{out}/VOC2012", f"{out}/cam"
     command("tests/toy_world.py", f"--out {out} --seed {args.seed} {args.world}")
     common = f"--data {voc} --seed {args.seed}"
+    weights = f"--clip {out}/clip.pt --vit {out}/vit.pth --out {cam} --workers 0"
     for phase in ("classify", "match", "prompts", "refine"):
-        command("train_cam.py", common, f"--clip {out}/clip.pt --vit {out}/vit.pth --out {cam} --phase {phase} --workers 0",
-                FLAGS[phase])
-        if phase != "prompts":
-            command("train_cam.py", common, f"--out {cam} --phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}")
-            command("eval.py", f"--data {voc} --split train --cams {out}/cams_{phase} --json {out}/{phase}.json")
+        command("train_cam.py", common, weights, f"--phase {phase}", FLAGS[phase])
+    for phase in ("classify", "match", "refine"):  # after the prompts: they help to choose the background score
+        command("train_cam.py", common, weights, f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}",
+                FLAGS["export"])
+        command("eval.py", f"--data {voc} --split train --cams {out}/cams_{phase} --json {out}/{phase}.json")
     for name, crf in (("masks_plain", "none"), ("masks", "voc")):
         command("make_pseudo.py", f"--data {voc} --cams {out}/cams_refine --out {out}/{name} --crf {crf} --overwrite")
         command("eval.py", f"--data {voc} --split train --pred {out}/{name} --json {out}/{name}.json")
