@@ -590,6 +590,20 @@ class Prompts(nn.Module):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
+MAY_CHANGE = {"out", "resume", "phase", "checkpoint", "cams", "scales", "skip_bad", "device", "workers", "fetch", "root"}
+
+
+def check_same_flags(part, before, now):
+    """--resume: a run goes on with the flags it was begun with. Of paths only the name counts: folders may have moved."""
+    for flag in now.keys() - MAY_CHANGE:
+        old, new = before.get(flag), now[flag]
+        if flag in ("data", "clip", "vit", "labels"):
+            old, new = Path(str(old)).name, Path(str(new)).name
+        if old != new:
+            raise InputError(f"{part}: begun with --{flag.replace('_', '-')} {old}, now it is {new}; expected the same flags to go "
+                             "on with; give that one again, or delete that file to start this phase anew")
+
+
 def cosine_decay(t):
     return 0.5 * (1 + math.cos(math.pi * t))
 
@@ -606,7 +620,8 @@ def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank
     steps, start = epochs * len(loader), 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(min(1, step / max(1, steps))))
     if args.resume and part.is_file():
-        state = read_checkpoint(part, "optimizer", f"delete it to start {phase} again")
+        state = read_checkpoint(part, "args", f"delete it to start {phase} again")
+        check_same_flags(part, state["args"], vars(args))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -622,7 +637,7 @@ def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank
             values, n = losses(wrapped, *(item.to(device, non_blocking=True) for item in batch_items))
             if not torch.isfinite(values["loss"]):
                 raise InputError(f"{phase}: the loss is {values['loss'].item()} in epoch {epoch + 1} on {describe(batch_items)}; "
-                                 f"expected a number; lower --lr and run again with --resume")
+                                 f"expected a number; lower --lr, delete {part} if it is there, and run again with --resume")
             share = n * world / max(1, sum_over_processes(n, device))  # so that N counts over all processes
             optimizer.zero_grad(set_to_none=True)
             (values["loss"] * share).backward()
@@ -642,7 +657,7 @@ def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank
         if rank == 0:
             log(args.out, row)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "schedule": schedule.state_dict(), "epoch": epoch + 1}
+                     "schedule": schedule.state_dict(), "epoch": epoch + 1, "args": vars(args)}
             write_file(part, lambda path, state=state: torch.save(state, path))
     bar.close()
 
