@@ -426,7 +426,8 @@ def check_flags(args):
             (args.crf != "none" and not args.checkpoint, "--crf: sharpens what a model predicts; expected --checkpoint seg.pt "
              "(CAMs: make_pseudo.py --crf)"),
             (args.scales != [1.0] and not args.checkpoint, "--scales: of what a model sees; expected --checkpoint seg.pt"),
-            (min(args.scales) <= 0, f"--scales {min(args.scales)}: expected numbers above 0"),
+            (not all(0 < scale < 10 for scale in args.scales),
+             f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0 and below 10"),
             (args.columns and not args.strip, "--columns: columns of a picture strip; expected --strip FILE"),
             (captionless, f"--columns {' '.join(captionless)}: expected CAPTION=DIR, DIR a folder of CAMs or label PNGs")]:
         if wrong:

@@ -595,7 +595,7 @@ MAY_CHANGE = {"out", "resume", "phase", "checkpoint", "cams", "scales", "skip_ba
 
 def check_same_flags(part, before, now):
     """--resume: a run goes on with the flags it was begun with. Of paths only the name counts: folders may have moved."""
-    for flag in now.keys() - MAY_CHANGE:
+    for flag in sorted(now.keys() - MAY_CHANGE):
         old, new = before.get(flag), now[flag]
         if flag in ("data", "clip", "vit", "labels"):
             old, new = Path(str(old)).name, Path(str(new)).name
