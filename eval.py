@@ -137,6 +137,8 @@ def draw_outline(outline, size):
     if isinstance(outline, list):
         return reduce(np.logical_or, (draw_polygon(polygon, size) for polygon in outline), np.zeros(size, bool))
     counts = outline["counts"]
+    if outline.get("size", list(size)) != list(size):
+        raise ValueError(f"runs of a picture of {outline['size']}")
     return decode_runs(unpack_runs(counts) if isinstance(counts, str) else counts, size)
 
 
@@ -145,7 +147,10 @@ def draw_polygon(polygon, size):
     between out and in. COCO's way to say where that is: walk the outline on a grid five times as fine, one step at a time
     along the longer of |dx| and |dy|; it crosses a column at the step that leaves the fine column in the pixels' middle."""
     H, W = size
-    start = (5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(np.int64)                           # (V, 2), x and y
+    corners = np.reshape(polygon, (-1, 2))                                                      # (V, 2), x and y
+    if not np.all(np.abs(corners) < 1e5):
+        raise ValueError("a corner far outside any photo, or none")
+    start = (5 * corners + 0.5).astype(np.int64)
     end = np.roll(start, -1, axis=0)
     long = np.abs(end - start).argmax(axis=1)                                                   # (V,): 0 along x, 1 along y
     edge = np.arange(len(start))

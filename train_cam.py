@@ -104,6 +104,9 @@ class DataSet:
         if len(set(names)) < len(names):
             twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"{source}: {twice} is there twice; expected unlike names, as masks are named by them; rename one")
+        if len(classes) > 254:
+            raise InputError(f"{root}: {len(classes)} classes; expected at most 254: the pixels of a mask are 0, background, to 254, "
+                             "and 255, ignore; leave some out")
 
     def image(self, name):
         """The photo as a PIL image, RGB."""
@@ -365,13 +368,19 @@ def read_classes(path, default=None):
     """classes.txt, `name` or `name: words for CLIP` a line -> (classes, words); default where there is no file."""
     lines = default
     if path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except ValueError as error:
+            raise InputError(f"{path}: not readable ({error}); expected UTF-8 text, a class a line; save it as UTF-8") from None
     elif default is None:
         raise InputError(f"{path}: no such file; expected the names of the classes, one a line; write it")
-    classes = [line.split(":")[0].strip() for line in lines]
-    words = [line.split(":")[1].strip() if ":" in line else CLIP_WORDS.get(line, line) for line in lines]
-    if len(set(classes)) != len(classes) or not classes:
-        raise InputError(f"{path}: {'a class twice' if classes else 'no class'}; expected each class once, one a line")
+    parts = [[part.strip() for part in line.partition(":")] for line in lines]
+    classes = [name for name, _, _ in parts]
+    words = [told or CLIP_WORDS.get(name, name) for name, _, told in parts]
+    for wrong, what in [(not classes, "no class"), (len(set(classes)) < len(classes), "a class twice"),
+                        ("" in classes, "a line without a name"), ("background" in classes, "background, which is label 0 anyway")]:
+        if wrong:
+            raise InputError(f"{path}: {what}; expected each class once, one a line, and no background; correct it")
     return classes, words
 
 
@@ -393,16 +402,16 @@ def unpack(archive, voc):
     """The official tar file -> the folder voc, which appears whole or not at all."""
     if not hasattr(tarfile, "data_filter"):  # refuses members that would land elsewhere
         raise InputError(f"{archive}: this Python cannot unpack it safely; expected 3.10.12, 3.11.4 or newer; unpack it by hand")
-    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
             whole = Path(folder, VOC_ARCHIVE["base_dir"]).resolve(strict=True)
             voc.parent.mkdir(exist_ok=True)
             os.replace(whole, voc)
-        except (OSError, tarfile.TarError) as error:
-            raise InputError(f"{archive}: cannot be unpacked ({error}); expected VOC 2012's archive and room for as much again; "
-                             "make room, or unpack it by hand") from None
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"{archive}: cannot be unpacked ({error}); expected VOC 2012's archive and room for as much again; "
+                         "make room, or unpack it by hand") from None
 
 
 class Crops(Dataset):

@@ -317,6 +317,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("cut checkpoint", lambda w: cut(w.out / "classify.pt"), "--phase match", "classify.pt"),
         ("prompts for a generator", lambda w: shutil.copy(w.out / "prompts.pt", w.out / "refine.pt"), "--phase export",
          "generator"),
+        ("a file where a folder should be", None, f"{TRAIN} --out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("other classes", lambda w: edit(w.voc / "classes.txt", "boat", "boat\nunicorn"), "--phase match", "classify.pt"),
     ],
     "make_pseudo": [
@@ -326,6 +327,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("empty CAMs", lambda w: cut(w.npy, 0), "", "{name}.npy"),
         ("other CAMs", lambda w: other_cams(w.npy), "", "{name}.npy"),
         ("objects as CAMs", lambda w: np.save(w.npy, np.array([{}]), allow_pickle=True), "", "{name}.npy"),
+        ("a file where a folder should be", None, "--out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("CAMs of NaN", lambda w: np.save(w.npy, np.load(w.npy) * np.nan), "", "finite"),
         ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
         *[("background score", None, f"--bg-score {score}", f"bg-score or --threshold {score}: expected a number in (0, 1) or auto")
@@ -341,6 +343,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("label of another class list", lambda w: relabel(w.png), "", "200"),
         ("labels in colour", lambda w: Image.new("RGB", (64, 64)).save(w.png), "", "RGB"),
         ("labels of another size, seen by a worker process", lambda w: resize(w.png), "--workers 1", "20x30"),
+        ("a file where a folder should be", None, "--out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
         ("no ViT", lambda w: w.vit.unlink(), "", "vit.pth"),
     ],
@@ -355,6 +358,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
           for score in ("high", "7", "nan")],
         ("no checkpoint", None, "--checkpoint nowhere.pt", "nowhere.pt"),
         ("a generator for a segmenter", None, "--checkpoint OUT/refine.pt", "segmenter"),
+        ("a file where a folder should be", None, "--pred MASKS --save OUT/refine.pt/new", "expected a folder that can be written to"),
         ("column without caption", None, "--pred MASKS --strip OUT/s.png --columns MASKS", "columns"),
     ],
     "clip_model": [
