@@ -106,9 +106,12 @@ def read_truth(data, name, size=None):
     path, *others = [f"{data.root}/{folder}/{name}.png" for folder in data.masks]  # text: joining Paths costs more than checking
     if not os.path.isfile(path):  # SBD's mask where VOC itself has none
         path = next(filter(os.path.isfile, others), path)
-        if data.split == "test" and path not in others:
-            raise InputError(f"{path}: no such mask; VOC keeps those of its test images: expected another --split, or prediction "
-                             "only, which its server scores (eval.py --checkpoint with --save, and --voc-server)")
+        if path not in others:
+            raise InputError(f"{path}: no such mask; " + (
+                "VOC keeps those of its test images: expected another --split, or prediction only, which its server scores "
+                "(eval.py --checkpoint with --save, and --voc-server)" if data.split == "test" else
+                f"expected the true mask of every image of split {data.split}, to score with; add it, or predict only "
+                "(eval.py --images FOLDER --checkpoint with --save)"))
     return read_labels(path, size, len(data.classes) + 1)
 
 

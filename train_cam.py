@@ -105,8 +105,8 @@ class DataSet:
             twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"{source}: {twice} is there twice; expected unlike names, as masks are named by them; rename one")
         if len(classes) > 254:
-            raise InputError(f"{root}: {len(classes)} classes; expected at most 254: the pixels of a mask are 0, background, to 254, "
-                             "and 255, ignore; leave some out")
+            raise InputError(f"{root}: {len(classes)} classes; expected at most 254: a mask holds 0, background, to 254, and 255, "
+                             "ignore; leave some out")
 
     def image(self, name):
         """The photo as a PIL image, RGB."""

@@ -351,7 +351,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("no predictions", None, "--pred nowhere", "nowhere"),
         ("prediction of another size", lambda w: resize(w.png), "--pred MASKS", "20x30"),
         ("prediction of another class list", lambda w: relabel(w.png), "--pred MASKS", "200"),
-        ("no truth", lambda w: w.truth.unlink(), "--pred MASKS", "SegmentationClass"),
+        ("no truth", lambda w: w.truth.unlink(), "--pred MASKS", "SegmentationClass/{name}.png: no such mask; expected the true"),
         ("truth of another size", lambda w: resize(w.truth), "--pred MASKS", "20x30"),
         ("other CAMs", lambda w: other_cams(w.npy), "--cams CAMS", "{name}.npy"),
         *[("threshold", None, f"--cams CAMS --threshold {score}", f"threshold {score}: expected a number in (0, 1) or auto")
