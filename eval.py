@@ -72,12 +72,12 @@ def confusion_matrix(pred, truth, num_classes, ignore=255):
     length = np.diff(last, prepend=-1)
     pred, truth = pred[last], truth[last]
     valid = truth != ignore
-    truth = np.where(valid, truth, 0).astype(np.intp)
-    pred = np.where(valid & (pred != ignore), pred, 0).astype(np.intp)
+    truth, pred = truth * valid, pred * (valid & (pred != ignore))
     low, high = min(pred.min(initial=0), truth.min(initial=0)), max(pred.max(initial=0), truth.max(initial=0))
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels from {low} to {high}, expected 0 to {num_classes - 1} or {ignore}")
-    counts = np.bincount(num_classes * truth + pred, valid * length, minlength=num_classes ** 2)        # float64: exact to 2^53
+    pair = num_classes * truth.astype(np.intp) + pred.astype(np.intp)
+    counts = np.bincount(pair, valid * length, minlength=num_classes ** 2)                      # float64: exact to 2^53
     return counts.astype(np.int64).reshape(num_classes, num_classes)
 
 
