@@ -391,9 +391,12 @@ def background_score(choice, data, folder, rank, world, device):
     The processes share the images and add up whole numbers: the threshold is the same, however many they are."""
     if choice != "auto":
         try:
-            return float(choice), "given"
+            number = float(choice)
         except ValueError:
-            raise InputError(f"--bg-score or --threshold {choice}: expected a number in (0, 1) or auto") from None
+            number = math.nan
+        if not 0 < number < 1:
+            raise InputError(f"--bg-score or --threshold {choice}: expected a number in (0, 1) or auto; a CAM has values in [0, 1]")
+        return number, "given"
     chosen = Path(folder) / BACKGROUND
     if chosen.is_file():
         try:
@@ -458,8 +461,8 @@ def parse_args(argv=None):
                         "masks; auto: Otsu's threshold on the CAM values. Neither looks at a mask")
     parser.add_argument("--crf", choices=list(PRESETS), default="voc", help="dense CRF preset: voc (WeakTr, SemPLeS), "
                         "irn (IRNet, COCO), prob (CLIP-ES), or none")
-    parser.add_argument("--min-confidence", type=float, default=0.0, help="pixels whose best probability after the CRF is "
-                        "below become 255 (ignore)")
+    parser.add_argument("--min-confidence", type=float, default=0.0, help="in [0, 1]: pixels whose best probability after the "
+                        "CRF is below become 255 (ignore)")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="redo finished PNGs too")
     parser.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="read all photos and CAMs "
                         "once before; go on without those that cannot be read, list them at the end, exit 3")
@@ -469,6 +472,10 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if not 0 <= args.min_confidence <= 1:
+        raise InputError(f"--min-confidence {args.min_confidence}: expected a probability, a number in [0, 1]")
+    if args.min_confidence > 0 and args.crf == "none":
+        raise InputError("--min-confidence: looks at the CRF's probabilities, and --crf none has none; leave one of the two out")
     rank, world, device = start_processes(args.device)
     data, out = Data(args.data, args.split), Path(args.out)
 

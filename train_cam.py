@@ -106,6 +106,9 @@ class DataSet:
         if len(set(names)) < len(names):
             twice = Counter(names).most_common(1)[0][0]
             raise InputError(f"{source}: {twice} is there twice; expected unlike names, as masks are named by them; rename one")
+        if len(classes) > 254:
+            raise InputError(f"{root}: {len(classes)} classes; expected at most 254: a mask holds 0, background, to 254, and 255, "
+                             "ignore; leave some out")
 
     def image(self, name):
         """The photo as a PIL image, RGB."""
@@ -367,13 +370,19 @@ def read_classes(path, default=None):
     """classes.txt, `name` or `name: words for CLIP` a line -> (classes, words); default where there is no file."""
     lines = default
     if path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except ValueError as error:
+            raise InputError(f"{path}: not readable ({error}); expected UTF-8 text, a class a line; save it as UTF-8") from None
     elif default is None:
         raise InputError(f"{path}: no such file; expected the names of the classes, one a line; write it")
-    classes = [line.split(":")[0].strip() for line in lines]
-    words = [line.split(":")[1].strip() if ":" in line else CLIP_WORDS.get(line, line) for line in lines]
-    if len(set(classes)) != len(classes) or not classes:
-        raise InputError(f"{path}: {'a class twice' if classes else 'no class'}; expected each class once, one a line")
+    parts = [[part.strip() for part in line.partition(":")] for line in lines]
+    classes = [name for name, _, _ in parts]
+    words = [told or CLIP_WORDS.get(name, name) for name, _, told in parts]
+    for wrong, what in [(not classes, "no class"), (len(set(classes)) < len(classes), "a class twice"),
+                        ("" in classes, "a line without a name"), ("background" in classes, "background, which is label 0 anyway")]:
+        if wrong:
+            raise InputError(f"{path}: {what}; expected each class once, one a line, and no background; correct it")
     return classes, words
 
 
@@ -395,16 +404,16 @@ def unpack(archive, voc):
     """The official tar file -> the folder voc, which appears whole or not at all."""
     if not hasattr(tarfile, "data_filter"):  # refuses members that would land elsewhere
         raise InputError(f"{archive}: this Python cannot unpack it safely; expected 3.10.12, 3.11.4 or newer; unpack it by hand")
-    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
             whole = Path(folder, VOC_ARCHIVE["base_dir"]).resolve(strict=True)
             voc.parent.mkdir(exist_ok=True)
             os.replace(whole, voc)
-        except (OSError, tarfile.TarError) as error:
-            raise InputError(f"{archive}: cannot be unpacked ({error}); expected VOC 2012's archive and room for as much again; "
-                             "make room, or unpack it by hand") from None
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"{archive}: cannot be unpacked ({error}); expected VOC 2012's archive and room for as much again; "
+                         "make room, or unpack it by hand") from None
 
 
 class Crops(Dataset):
@@ -635,6 +644,20 @@ class Prompts(nn.Module):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
+MAY_CHANGE = {"out", "resume", "phase", "checkpoint", "cams", "scales", "skip_bad", "device", "workers", "fetch", "root"}
+
+
+def check_same_flags(part, before, now):
+    """--resume: a run goes on with the flags it was begun with. Of paths only the name counts: folders may have moved."""
+    for flag in sorted(now.keys() - MAY_CHANGE):
+        old, new = before.get(flag), now[flag]
+        if flag in ("data", "clip", "vit", "labels"):
+            old, new = Path(str(old)).name, Path(str(new)).name
+        if old != new:
+            raise InputError(f"{part}: begun with --{flag.replace('_', '-')} {old}, now it is {new}; expected the same flags to go "
+                             "on with; give that one again, or delete that file to start this phase anew")
+
+
 def cosine_decay(t):
     return 0.5 * (1 + math.cos(math.pi * t))
 
@@ -651,7 +674,8 @@ def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank
     steps, start = epochs * len(loader), 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(min(1, step / max(1, steps))))
     if args.resume and part.is_file():
-        state = read_checkpoint(part, "optimizer", f"delete it to start {phase} again")
+        state = read_checkpoint(part, "args", f"delete it to start {phase} again")
+        check_same_flags(part, state["args"], vars(args))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -667,7 +691,7 @@ def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank
             values, n = losses(wrapped, *(item.to(device, non_blocking=True) for item in batch_items))
             if not torch.isfinite(values["loss"]):
                 raise InputError(f"{phase}: the loss is {values['loss'].item()} in epoch {epoch + 1} on {describe(batch_items)}; "
-                                 f"expected a number; lower --lr and run again with --resume")
+                                 f"expected a number; lower --lr, delete {part} if it is there, and run again with --resume")
             share = n * world / max(1, sum_over_processes(n, device))  # so that N counts over all processes
             optimizer.zero_grad(set_to_none=True)
             (values["loss"] * share).backward()
@@ -687,7 +711,7 @@ def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank
         if rank == 0:
             log(args.out, row)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "schedule": schedule.state_dict(), "epoch": epoch + 1}
+                     "schedule": schedule.state_dict(), "epoch": epoch + 1, "args": vars(args)}
             write_file(part, lambda path, state=state: torch.save(state, path))
     bar.close()
 

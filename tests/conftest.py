@@ -1,12 +1,15 @@
 """What several test files share: a tiny toy world, a run of all scripts on it, and a way to call a script in-process."""
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from PIL import Image
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with models this small, threads on busy cores wait five times longer
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--epochs", "1", "--batch", "4", "--prompt-epochs", "1", "--prompt-views", "1", "--prompt-batch", "8", "--lr", "1e-3",

@@ -76,17 +76,16 @@ def test_official_counts_of_voc(split, count, tmp_path):
     assert len(other.names) == count + 1 and "official" not in other.note
 
 
-@pytest.mark.parametrize("files, says", [(12031, None), (12030, "10,581 images.*12,031 PNGs.*unpack SegmentationClassAug again")])
-def test_train_aug_from_the_files_present(files, says, tmp_path):
+def test_train_aug_from_the_files_present(tmp_path):
     root = voc_root(tmp_path, val=numbered(500, 500 + 1449))
     (root / "SegmentationClassAug").mkdir()
-    for name in numbered(0, files):
-        os.close(os.open(root / f"SegmentationClassAug/{name}.png", os.O_CREAT))  # empty: only its name is looked at
-    if says:
-        with pytest.raises(InputError, match=says):
-            Data(root, "train_aug")
-    else:
-        assert Data(root, "train_aug").names == [*numbered(0, 500), *numbered(1949, 12031)]
+    *most, last = (root / f"SegmentationClassAug/{name}.png" for name in numbered(0, 12031))
+    for path in most:
+        os.close(os.open(path, os.O_CREAT))  # empty: only its name is looked at
+    with pytest.raises(InputError, match="10,581 images.*12,031 PNGs.*unpack SegmentationClassAug again"):
+        Data(root, "train_aug")
+    last.touch()
+    assert Data(root, "train_aug").names == [*numbered(0, 500), *numbered(1949, 12031)]
 
 
 def test_train_aug_lists_of_others(tmp_path):
@@ -309,7 +308,8 @@ def test_the_smaller_object_wins_and_crowds_lie_below():
     assert (draw_objects((4, 4), [(0, False, [])], (4, 4), "") == 0).all()
 
 
-@pytest.mark.parametrize("outline", [None, "text", {}, {"counts": [3]}, {"counts": "~~~"}, [[1, 2, 3]], [["a", "b"]], [None]])
+@pytest.mark.parametrize("outline", [None, "text", {}, {"counts": [3]}, {"counts": "~~~"}, [[1, 2, 3]], [["a", "b"]], [None],
+                                     {"counts": [16], "size": [2, 8]}, [[0, 0, 1e9, 0, 1, 1]], [[0, 0, float("nan"), 0, 1, 1]]])
 def test_what_is_no_outline(outline):
     with pytest.raises(InputError, match="the file: an object without a readable outline"):
         draw_objects((4, 4), [(0, False, outline)], (4, 4), "the file")
@@ -382,6 +382,24 @@ def test_mistakes_in_a_folder_of_photos(change, says, tmp_path):
     with pytest.raises(InputError, match=says) as caught:
         Data(root, "val" if "val" in change else "train").describe()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("cat\r\ndog: puppy\r\n", None), ("\ufeffcat:\r\n\r\n dog :puppy", None),
+    ("caté".encode("latin-1"), "not readable.*save it as UTF-8"),
+    ("cat".encode("utf-16"), "not readable.*save it as UTF-8"), ("\n\n", "no class"), ("cat\ncat: lion", "a class twice"),
+    ("cat\n: puppy", "a line without a name"), ("background\ncat\ndog", "background, which is label 0 anyway"),
+    ("\n".join(["cat", *map(str, range(254))]), "255 classes; expected at most 254")],
+    ids=["Windows", "mark", "Latin-1", "UTF-16", "none", "twice", "nameless", "background", "many"])
+def test_lists_of_classes_as_people_write_them(text, says, tmp_path):
+    root = photos_root(tmp_path, "a.jpg,cat\n", ["a.jpg"])
+    (root / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    if says:
+        with pytest.raises(InputError, match=says):
+            Data(root, "train")
+    else:
+        data = Data(root, "train")
+        assert data.classes == ["cat", "dog"] and data.words == ["cat", "puppy"]
 
 
 def test_photos_held_out(tmp_path):

@@ -15,6 +15,9 @@ import torch
 from conftest import ROOT, TINY
 from PIL import Image
 
+import train_cam
+import train_seg
+from clip_model import InputError
 from make_pseudo import PALETTE, PRESETS, dense_crf, hard_unary, read_cams
 from train_cam import Data
 
@@ -235,6 +238,33 @@ def test_full_supervision_and_export_of_a_phase(toy, chain, tmp_path):
     assert files_in(tmp_path / "match").keys() == {f"{name}.npy" for name in names_in(voc, "val")}
 
 
+def test_a_killed_segmenter_goes_on_with_the_same_flags_only(toy, chain, tmp_path, monkeypatch):
+    """Killed in the second epoch: the run that goes on ends where one that was let alone does; other flags are named."""
+    def train(out, *flags, masks=chain / "masks"):
+        fixed = ["--data", toy / "VOC2012", "--labels", masks, "--vit", toy / "vit.pth", "--out", out, "--epochs", 2, "--batch", 6,
+                 "--crop", 32, "--workers", 0, "--device", "cpu"]
+        train_seg.main(train_seg.parse_args([str(flag) for flag in [*fixed, *flags]]))
+
+    def dies(out, row, original=train_cam.log):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        original(out, row)
+    train(tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_cam, "log", dies)
+        train(tmp_path / "killed")
+    for flags, says in ((["--lr", 0.02], "--lr 0.01, now it is 0.02"), (["--crop", 48], "--crop 32, now it is 48"),
+                        (["--scale", 1, 1], r"--scale \[0.5, 2.0\], now it is \[1.0, 1.0\]"),
+                        (["--seed", 1], "--seed 0, now it is 1"), (["--epochs", 3], "--epochs 2, now it is 3")):
+        with pytest.raises(InputError, match=f"seg.part: begun with {says}; .*delete that file to start"):
+            train(tmp_path / "killed", "--resume", *flags)
+    with pytest.raises(InputError, match="begun with --labels masks, now it is SegmentationClass"):
+        train(tmp_path / "killed", "--resume", masks=toy / "VOC2012/SegmentationClass")
+    train(tmp_path / "killed", "--resume", "--workers", 1, masks=shutil.copytree(chain / "masks", tmp_path / "moved/masks"))
+    straight, resumed = (torch.load(tmp_path / f"{name}/seg.pt", weights_only=True)["segmenter"] for name in ("straight", "killed"))
+    torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------ what users get wrong
 
 def edit(path, old, new):
@@ -287,6 +317,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("cut checkpoint", lambda w: cut(w.out / "classify.pt"), "--phase match", "classify.pt"),
         ("prompts for a generator", lambda w: shutil.copy(w.out / "prompts.pt", w.out / "refine.pt"), "--phase export",
          "generator"),
+        ("a file where a folder should be", None, f"{TRAIN} --out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("other classes", lambda w: edit(w.voc / "classes.txt", "boat", "boat\nunicorn"), "--phase match", "classify.pt"),
     ],
     "make_pseudo": [
@@ -296,9 +327,14 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("empty CAMs", lambda w: cut(w.npy, 0), "", "{name}.npy"),
         ("other CAMs", lambda w: other_cams(w.npy), "", "{name}.npy"),
         ("objects as CAMs", lambda w: np.save(w.npy, np.array([{}]), allow_pickle=True), "", "{name}.npy"),
+        ("a file where a folder should be", None, "--out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("CAMs of NaN", lambda w: np.save(w.npy, np.load(w.npy) * np.nan), "", "finite"),
         ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
-        ("background score", None, "--bg-score high", "bg-score"),
+        *[("background score", None, f"--bg-score {score}", f"bg-score or --threshold {score}: expected a number in (0, 1) or auto")
+          for score in ("high", "7", "nan", "0", "-0.5", "inf")],
+        *[("confidence", None, f"--min-confidence {value}", f"--min-confidence {float(value)}: expected a probability")
+          for value in ("-0.1", "1.5", "nan")],
+        ("confidence without a CRF", None, "--crf none --min-confidence 0.5", "--crf none has none"),
     ],
     "train_seg": [
         ("no labels", lambda w: w.png.unlink(), "", "{name}.png"),
@@ -307,6 +343,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("label of another class list", lambda w: relabel(w.png), "", "200"),
         ("labels in colour", lambda w: Image.new("RGB", (64, 64)).save(w.png), "", "RGB"),
         ("labels of another size, seen by a worker process", lambda w: resize(w.png), "--workers 1", "20x30"),
+        ("a file where a folder should be", None, "--out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("cut photo", lambda w: cut(w.jpg), "", "{name}.jpg"),
         ("no ViT", lambda w: w.vit.unlink(), "", "vit.pth"),
     ],
@@ -314,12 +351,14 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("no predictions", None, "--pred nowhere", "nowhere"),
         ("prediction of another size", lambda w: resize(w.png), "--pred MASKS", "20x30"),
         ("prediction of another class list", lambda w: relabel(w.png), "--pred MASKS", "200"),
-        ("no truth", lambda w: w.truth.unlink(), "--pred MASKS", "SegmentationClass"),
+        ("no truth", lambda w: w.truth.unlink(), "--pred MASKS", "SegmentationClass/{name}.png: no such mask; expected the true"),
         ("truth of another size", lambda w: resize(w.truth), "--pred MASKS", "20x30"),
         ("other CAMs", lambda w: other_cams(w.npy), "--cams CAMS", "{name}.npy"),
-        ("threshold", None, "--cams CAMS --threshold high", "threshold"),
+        *[("threshold", None, f"--cams CAMS --threshold {score}", f"threshold {score}: expected a number in (0, 1) or auto")
+          for score in ("high", "7", "nan")],
         ("no checkpoint", None, "--checkpoint nowhere.pt", "nowhere.pt"),
         ("a generator for a segmenter", None, "--checkpoint OUT/refine.pt", "segmenter"),
+        ("a file where a folder should be", None, "--pred MASKS --save OUT/refine.pt/new", "expected a folder that can be written to"),
         ("column without caption", None, "--pred MASKS --strip OUT/s.png --columns MASKS", "columns"),
     ],
     "clip_model": [

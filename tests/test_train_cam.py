@@ -330,7 +330,10 @@ def test_resume_equals_uninterrupted(phase, chain, cam, tmp_path, monkeypatch):
         patch.setattr(train_cam, "log", dies)
         cam(killed, *flags)
     assert (killed / f"{phase}.part").is_file() and not (killed / f"{phase}.pt").exists()
-    resumed = cam(killed, *flags, "--resume")[phase]
+    for other, says in ((["--weight-decay", 0.5], "--weight-decay 0.03, now it is 0.5"), (["--no-augment"], "--augment True, now")):
+        with pytest.raises(InputError, match=rf"{phase}.part: begun with {says}"):
+            cam(killed, *flags, "--resume", *other)
+    resumed = cam(killed, *flags, "--resume", "--workers", 1, "--scales", 1)[phase]  # these change nothing
     key = "vectors" if phase == "prompts" else "generator"
     torch.testing.assert_close(resumed[key], expected[key], atol=0, rtol=0)
     assert not (killed / f"{phase}.part").exists()
