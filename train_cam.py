@@ -70,7 +70,7 @@ from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load
 
 PHASES = ["classify", "match", "prompts", "refine"]
 BACKGROUND = "background.json"  # beside exported CAMs: the background score that goes with them
-SCORES = [round(0.05 * i, 2) for i in range(2, 20)]  # those it is chosen from
+SCORES = [round(0.05 * i, 2) for i in range(3, 19)]  # those it is chosen from
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"  # named by the head of its SHA-256
 VOC_ARCHIVE = DATASET_YEAR_DICT["2012"]  # url, filename, md5, base_dir
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -792,12 +792,13 @@ def export_cams(generator, data, folder, scales, device, rank, world):
 
 
 @torch.no_grad()
-def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=100):
-    """For each background score in SCORES, how CLIP reads the hard regions that it cuts from the exported CAMs:
-    (scores, 3), the terms of L_total: -log c(sim(v^f, u^f)), -log(1 - c(sim(v^b, u^f))) [eq. 1], L_refine [eq. 3].
+def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=64):
+    """{background score: loss} over SCORES: how well CLIP reads the hard regions that the score cuts from the exported CAMs.
 
-    Means over the pairs of up to `most` images, spread over the split. Looks at photos, labels and CAMs; at no mask."""
-    terms, pairs, R = torch.zeros(len(SCORES), 3, dtype=torch.float64), 0, clip.resolution
+    The loss is the three terms of L_total, of equal weight: kept regions read as the class and dropped ones do not [eq. 1],
+    kept ones do not read as the prompt [eq. 3]. Means over the pairs of up to `most` images, spread over the split. Looks at
+    photos, labels and CAMs; at no mask."""
+    total, pairs, R = torch.zeros(len(SCORES), dtype=torch.float64), 0, clip.resolution
     names = data.names[::max(1, len(data.names) // most)][:most]
     for name in tqdm(names[rank::world], desc="background score", disable=None if rank == 0 else True):
         k = torch.from_numpy(data.labels(name)).nonzero()[:, 0].to(device)                      # (n,)
@@ -807,14 +808,13 @@ def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=10
         X = clip_view(clip, v2.functional.normalize(photo, IMAGENET_MEAN, IMAGENET_STD)[None])  # (1, 3, R, R)
         cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()             # (n, H/4, W/4)
         cams = F.interpolate(cams[None], size=(R, R), mode="bilinear", align_corners=False)[0]  # (n, R, R)
-        winner = cams == cams.amax(0)
-        for i, score in enumerate(SCORES):
-            v_f, v_b = embed_masked(clip, X, (winner & (cams > score)).float()[:, None])        # (n, E) each
-            terms[i] += torch.stack([-c(cosine(v_f, u_f[k])).log().sum(), -(1 - c(cosine(v_b, u_f[k]))).log().sum(),
-                                     -(1 - c(cosine(v_f, u_b[k]))).log().sum()]).cpu()
+        M = ((cams == cams.amax(0)) & (cams > cams.new_tensor(SCORES)[:, None, None, None])).float()  # (scores, n, R, R)
+        v_f, v_b = (v.unflatten(0, M.shape[:2]) for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
+        total += len(k) * torch.stack([match_loss(f, b, u_f[k], lambda_b=1) + refine_loss(f, u_b[k])
+                                       for f, b in zip(v_f, v_b)]).cpu()
         pairs += len(k)
-    terms, pairs = (sum_over_processes(value, device) for value in (terms, pairs))
-    return terms / max(1, pairs)
+    total, pairs = (sum_over_processes(value, device) for value in (total, pairs))
+    return dict(zip(SCORES, (total / max(1, pairs)).tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -984,9 +984,8 @@ def main(args):
             dist.barrier()
         if clip and prompts.is_file():
             u_b = load_prompts(prompts, clip, data.classes, remedy)
-            terms = score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world)        # (scores, 3)
-            total = terms[:, 2]  # TODO
-            chosen = {"background_score": SCORES[total.argmin()], "loss": dict(zip(map(str, SCORES), total.tolist()))}
+            losses = score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world)
+            chosen = {"background_score": min(losses, key=losses.get), "losses": losses}
             if rank == 0:
                 write_file(folder / BACKGROUND, lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
     return end_processes(data, rank, world)

@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -29,36 +30,40 @@ from demo import FLAGS  # noqa: E402
 from make_pseudo import write_file  # noqa: E402
 
 PHASES = ["classify", "match", "prompts", "refine"]
-ROWS = [  # title, first phase that differs, its flags, flags of the world
-    ("classification", "classify", "", ""),
-    ("matching only", "match", "", ""),
-    ("the method", "prompts", "", ""),
-    ("true background words", "words", "", ""),
-    *((f"L_T {form}", "prompts", f"--repel {form}", "") for form in ("text-log", "image")),
-    ("L_T none", "prompts", "--lambda-t 0", ""),
-    *((f"length {n}", "prompts", f"--prompt-length {n}", "") for n in (1, 4)),
-    *((f"lambda_R x{x}", "refine", f"--lambda-r {x}", "") for x in (0.25, 0.5, 2, 4)),
-    *((f"lambda_T x{x}", "prompts", f"--lambda-t {x}", "") for x in (0.25, 0.5, 2, 4)),
-    *((f"co-occurrence {p} %, {title}", first, "", f"--cooccurrence {p / 100}") for p in (50, 80, 100)
-      for title, first in (("matching", "match"), ("the method", "prompts"))),
+TRAINING = {phase: train_cam.parse_args(["--data", "", "--out", "", *FLAGS[phase].split()]) for phase in PHASES}  # the recipe
+
+
+class Row(NamedTuple):
+    title: str
+    scored: str = "refine"  # the phase whose CAMs are scored
+    own: str = ""  # the first phase that the row trains for itself; "words": none, its prompts are written; "": it is a chain's
+    flags: str = ""  # of its own phases
+    world: str = ""  # flags of tests/toy_world.py
+
+
+ROWS = [
+    Row("classification", "classify"),
+    Row("matching only", "match"),
+    Row("the method"),
+    Row("true background words", own="words"),
+    Row("L_T text-log", own="prompts", flags="--repel text-log"),
+    Row("L_T image", own="prompts", flags="--repel image"),
+    Row("L_T none", own="prompts", flags="--lambda-t 0"),
+    *(Row(f"prompt length {n}", own="prompts", flags=f"--prompt-length {n}") for n in (1, 4)),
+    *(Row(f"lambda_R x {x}", own="refine", flags=f"--lambda-r {x * TRAINING['refine'].lambda_r}") for x in (0.25, 0.5, 2, 4)),
+    *(Row(f"lambda_T x {x}", own="prompts", flags=f"--lambda-t {x * TRAINING['prompts'].lambda_t}") for x in (0.25, 0.5, 2, 4)),
+    *(Row(f"{title}, {name}", scored, world=world) for title, world in (
+        *((f"co-occurrence {p} %", f"--cooccurrence {p / 100}") for p in (50, 80, 100)),
+        ("other pairs", "--pairs boat:grass,cow:road,car:table,bottle:water"))
+      for name, scored in (("classification", "classify"), ("matching", "match"), ("the method", "refine"))),
 ]
 PANELS = [  # of the picture: title, what is written below each point, its row
-    ("lambda_R", [(str(x), "the method" if x == 1 else f"lambda_R x{x}") for x in (0.25, 0.5, 1, 2, 4)]),
-    ("lambda_T", [(str(x), "the method" if x == 1 else f"lambda_T x{x}") for x in (0.25, 0.5, 1, 2, 4)]),
-    ("prompt length", [("1", "length 1"), ("4", "length 4"), ("30", "the method")]),
+    ("lambda_R", [(str(x), "the method" if x == 1 else f"lambda_R x {x}") for x in (0.25, 0.5, 1, 2, 4)]),
+    ("lambda_T", [(str(x), "the method" if x == 1 else f"lambda_T x {x}") for x in (0.25, 0.5, 1, 2, 4)]),
+    ("prompt length", [("1", "prompt length 1"), ("4", "prompt length 4"), ("30", "the method")]),
     ("co-occurrence", [("50", "co-occurrence 50 %, the method"), ("80", "co-occurrence 80 %, the method"), ("95", "the method"),
                        ("100", "co-occurrence 100 %, the method")]),
 ]
-
-
-def times_default(flags):
-    """--lambda-r 2 in a row means twice the recipe's: the number itself."""
-    words = flags.split()
-    for flag, phase in (("--lambda-r", "refine"), ("--lambda-t", "prompts")):
-        if flag in words:
-            default = shlex.split(FLAGS[phase])
-            words[words.index(flag) + 1] = str(float(words[words.index(flag) + 1]) * float(default[default.index(flag) + 1]))
-    return " ".join(words)
 
 
 def call(script, *flags):
@@ -77,36 +82,32 @@ def write_true_words(world, out):
 
 
 def run_row(row, seed, base, args):
-    """Train what differs from the seed's own chain, score it -> OUT/seedS/ROW/score.json"""
-    title, first, flags, world_flags = row
-    world = base / ("world" + world_flags.replace(" ", ""))
-    if not (world / "clip.pt").is_file():
-        call(toy_world, f"--out {world} --seed {seed} --train {args.train} --val 1", world_flags)
-    chain = base / f"chain{world_flags.replace(' ', '')}"
-    out = base / title.replace(" ", "_")
+    """Train what is missing and what the row does its own way, score it -> base/TITLE/score.json"""
+    suffix = row.world.replace(" ", "")
+    world, chain, out = base / f"world{suffix}", base / f"chain{suffix}", base / row.title.replace(" ", "_")
+    if not (world / "vit.pth").is_file():  # the last file it writes
+        call(toy_world, f"--out {world} --seed {seed} --train {args.train} --val 1", row.world)
     common = f"--data {world}/VOC2012 --clip {world}/clip.pt --vit {world}/vit.pth --seed {seed} --workers 0"
-    own = first in ("prompts", "refine", "words") and (flags or first == "words")  # else a phase of the chain itself
-    folder = out if own else chain
-    folder.mkdir(parents=True, exist_ok=True)
-    if first == "words":
-        write_true_words(world, folder)
-    start = PHASES.index("refine" if first == "words" else first) if own else len(PHASES)
-    if own:
+    for phase in PHASES:
+        call(train_cam, common, f"--out {chain} --phase {phase} --resume", FLAGS[phase])
+    folder = out if row.own else chain
+    if row.own:
+        out.mkdir(exist_ok=True)
+        start = PHASES.index({"words": "prompts"}.get(row.own, row.own))
         for phase in PHASES[:start]:
-            if first != "words" or phase != "prompts":
-                shutil.copy(chain / f"{phase}.pt", folder)
-    needed = PHASES[start:] if own else PHASES  # the whole chain: classify and match are scored once there are prompts
-    for phase in needed:
-        call(train_cam, common, f"--out {folder} --phase {phase} --resume", FLAGS[phase], times_default(flags) if own else "")
-    last = {"classify": "classify", "match": "match"}.get(first, "refine")
-    call(train_cam, common, f"--out {folder} --phase export --checkpoint {folder}/{last}.pt --cams {out}/cams", FLAGS["export"])
+            shutil.copy(chain / f"{phase}.pt", out)
+        if row.own == "words":
+            write_true_words(world, out)
+        for phase in PHASES[start:]:
+            call(train_cam, common, f"--out {out} --phase {phase} --resume", FLAGS[phase], row.flags)
+    call(train_cam, common, f"--out {folder} --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams --scales 1.0")
     call(eval, f"--data {world}/VOC2012 --split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
     shutil.rmtree(out / "cams")
 
 
-def own_backgrounds(path):
-    """prompts.txt -> for how many classes the nearest word is the class's own background"""
-    pairs = dict(zip(toy_world.OBJECTS, toy_world.BACKGROUNDS, strict=True))
+def own_backgrounds(path, world):
+    """prompts.txt -> for how many classes the nearest word is the class's own background in this world"""
+    pairs = toy_world.read_pairs(toy_world.parse_args(world.split()).pairs)
     lines = [line.split(": ") for line in path.read_text().splitlines()]
     return sum(pairs[name] == words.split(", ")[0].rsplit(" ", 1)[0] for name, words in lines)
 
@@ -114,15 +115,15 @@ def own_backgrounds(path):
 def collect(args):
     """Of every row the scores there are, one per seed -> {title: [(mIoU, best mIoU, own backgrounds or None), ...]}"""
     found = {}
-    for title, first, flags, world_flags in ROWS:
+    for row in ROWS:
         for seed in args.seeds:
             base = Path(args.out) / f"seed{seed}"
-            out = base / title.replace(" ", "_")
+            out = base / row.title.replace(" ", "_")
             if (out / "score.json").is_file():
                 score = json.loads((out / "score.json").read_text())
-                prompts = (out if flags else base / f"chain{world_flags.replace(' ', '')}") / "prompts.txt"
-                words = own_backgrounds(prompts) if first == "prompts" else None
-                found.setdefault(title, []).append((score["miou"], score["oracle"]["miou"], words))
+                prompts = (out if row.own == "prompts" else base / f"chain{row.world.replace(' ', '')}") / "prompts.txt"
+                words = own_backgrounds(prompts, row.world) if row.scored == "refine" and row.own in ("", "prompts") else None
+                found.setdefault(row.title, []).append((score["miou"], score["oracle"]["miou"], words))
     return found
 
 
@@ -175,17 +176,17 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Ablations on the toy world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="runs/ablation", help="folder for everything; a run started again goes on there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and training")
-    parser.add_argument("--train", type=int, default=300, help="training images: half the demo's, half the time")
+    parser.add_argument("--train", type=int, default=200, help="training images: a third of the demo's, to save time")
     parser.add_argument("--only", default="", help="only the rows whose title contains this")
     parser.add_argument("--report", action="store_true", help="train nothing: table and picture of what there is")
     return parser.parse_args(argv)
 
 
 def main(args):
-    for seed in args.seeds if not args.report else []:
-        base = Path(args.out) / f"seed{seed}"
-        for row in ROWS:
-            if args.only in row[0] and not (base / row[0].replace(" ", "_") / "score.json").is_file():
+    for row in ROWS if not args.report else []:
+        for seed in args.seeds:
+            base = Path(args.out) / f"seed{seed}"
+            if args.only in row.title and not (base / row.title.replace(" ", "_") / "score.json").is_file():
                 run_row(row, seed, base, args)
     found = collect(args)
     if found:

@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {  # short runs of a small model on 600 small pictures want larger rates; its CAMs are exported at one scale
-    "classify": "--epochs 4 --lr 3e-4 --batch 32 --min-area 0.4 --no-augment --no-class-attention",
-    "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment",
-    "prompts": "--prompt-epochs 10 --lambda-t 0.5 --min-area 0.4",
-    "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --lambda-r 1",
-    "export": "--scales 1.0 1.2",
+FLAGS = {  # short runs of a small model on 600 small pictures want larger rates
+    "classify": "--epochs 4 --lr 1e-3 --trunk-lr 0.02 --batch 32 --min-area 0.4 --no-augment --no-class-attention",
+    "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --mask-views 2 --lambda-b 0.75",
+    "prompts": "--prompt-epochs 10 --min-area 0.4",
+    "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --mask-views 2 --lambda-b 0.75 --lambda-r 1",
     "seg": "--crop 64 --scale 0.75 1.5 --epochs 10 --batch 8 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 1",
     "test": "--scales 0.5 0.75 1 1.25 1.5 1.75 --crf prob",  # as WeakTr tests its segmenter
 }
@@ -49,8 +48,7 @@ def main(args):
     for phase in ("classify", "match", "prompts", "refine"):
         command("train_cam.py", common, weights, f"--phase {phase}", FLAGS[phase])
     for phase in ("classify", "match", "refine"):  # after the prompts: they help to choose the background score
-        command("train_cam.py", common, weights, f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}",
-                FLAGS["export"])
+        command("train_cam.py", common, weights, f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}")
         command("eval.py", f"--data {voc} --split train --cams {out}/cams_{phase} --json {out}/{phase}.json")
     for name, crf in (("masks_plain", "none"), ("masks", "voc")):
         command("make_pseudo.py", f"--data {voc} --cams {out}/cams_refine --out {out}/{name} --crf {crf} --overwrite")

@@ -291,6 +291,17 @@ def test_image_without_objects(chain, voc, cam, tmp_path):
     assert np.load(out / f"cams/{names[4]}.npy").shape[0] > 0
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_trunk_rate(share, toy, cam, tmp_path):
+    """--trunk-lr: the trunk's share of the rate in classify; class tokens, head and fusion keep the whole."""
+    torch.manual_seed(0)
+    start = MaskGenerator(load_vit(toy / "vit.pth"), 6).state_dict()
+    found = cam(tmp_path, "--phase", "classify", "--trunk-lr", share, "--weight-decay", 0)["classify"]["generator"]
+    changed = moved(start, found)
+    assert {"class_tokens", "head.weight", "fusion.pool.0.weight"} <= changed
+    assert any(key.startswith("trunk.") for key in changed) == (share > 0)
+
+
 # ------------------------------------------------------------------------------------------ the same again
 
 def test_crops_depend_on_seed_epoch_and_index_alone(toy):
@@ -364,3 +375,72 @@ def test_two_processes_equal_one(toy, chain, cam, tmp_path):
         assert [a[key] for key in ("phase", "epoch", "step")] == [b[key] for key in ("phase", "epoch", "step")]
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
     assert sorted(path.name for path in (one / "cams").iterdir()) == sorted(path.name for path in (two / "cams").iterdir())
+
+
+# ------------------------------------------------------------------------------------------ what is kept, what is chosen
+
+def test_seen_crops_equal_looking_again(toy, chain):
+    """--mask-views: the trunk's output in memory gives the CAMs of the crop itself, up to float16; views come in turns."""
+    data = Data(toy / "VOC2012", "train")
+    generator = train_cam.load_generator(chain / "cam/classify.pt", data.classes, "")
+    crops = Crops(data, 64, 1)
+    seen = train_cam.SeenCrops(crops, generator, 2, torch.device("cpu"), quiet=True)
+    assert len(seen) == len(data.names)
+    for epoch in (0, 1, 2, 5):
+        crops.epoch, seen.epoch = epoch % 2, epoch
+        for i in (0, 7):
+            image, labels, number, *parts = seen[i]
+            fresh, fresh_labels, _ = crops[i]
+            assert torch.equal(image, fresh) and torch.equal(labels, fresh_labels) and number == i
+            with torch.no_grad():
+                cam, _ = generator(seen=[*(part[None].float() for part in parts), seen.grid])
+                expected, _ = generator(fresh[None])
+            torch.testing.assert_close(cam, expected, atol=2e-3, rtol=2e-2)  # measured 2e-4
+    assert not torch.equal(seen.views[0][0], seen.views[1][0])
+
+
+def test_mask_views_train_the_same_parameters(chain, cam, tmp_path):
+    out = shutil.copytree(chain / "cam", tmp_path / "cam")
+    saved = cam(out, "--phase", "match", "--mask-views", 2)
+    changed = moved(saved["classify"]["generator"], saved["match"]["generator"])
+    assert changed == {key for key in changed if key.startswith(("head.", "fusion."))} and "head.weight" in changed
+
+
+def test_background_score_is_the_one_whose_hard_masks_have_the_least_loss(toy, chain, clip):
+    """Against masks cut one by one as make_pseudo.py cuts them, and losses taken pair by pair."""
+    from make_pseudo import read_cams, score_labels
+    data, folder = Data(toy / "VOC2012", "train"), chain / "cam/cams"
+    data.names = [name for name in data.names if data.image(name).size == (64, 64)][:5]
+    u_f = train_cam.class_texts(clip, data.words, torch.device("cpu"))
+    u_b = train_cam.load_prompts(chain / "cam/prompts.pt", clip, data.classes, "")
+    losses = train_cam.score_backgrounds(clip, u_f, u_b, data, folder, torch.device("cpu"), 0, 1)
+    assert list(losses) == train_cam.SCORES
+    from torchvision.transforms.v2.functional import normalize, pil_to_tensor
+    for score in train_cam.SCORES[::5]:
+        total = []
+        for name in data.names:
+            present = np.flatnonzero(data.labels(name))
+            labels = score_labels(read_cams(folder, name, present, (64, 64)), present, score)
+            X = normalize(pil_to_tensor(data.image(name)).float() / 255, train_cam.CLIP_MEAN, train_cam.CLIP_STD)
+            for k in present:
+                M = torch.from_numpy(labels == 1 + k).float()
+                with torch.no_grad():
+                    v_f, v_b = clip.encode_image(torch.stack([M * X, (1 - M) * X])).split(1)
+                total.append((match_loss(v_f, v_b, u_f[[k]], 1) + refine_loss(v_f, u_b[[k]])).item())
+        assert losses[score] == pytest.approx(np.mean(total), abs=0.02)  # Pillow and torch enlarge CAMs alike, not equally
+
+
+def test_export_writes_the_background_score_and_auto_reads_it(toy, chain, tmp_path):
+    from make_pseudo import background_score
+    folder = shutil.copytree(chain / "cam/cams", tmp_path / "cams")
+    chosen = json.loads((folder / "background.json").read_text())
+    assert chosen["background_score"] == float(min(chosen["losses"], key=chosen["losses"].get))
+    data, cpu = Data(toy / "VOC2012", "train"), torch.device("cpu")
+    value, how = background_score("auto", data, folder, 0, 1, cpu)
+    assert value == chosen["background_score"] and "no mask read" in how
+    assert background_score("0.3", data, folder, 0, 1, cpu) == (0.3, "given")
+    (folder / "background.json").write_text("{}")
+    with pytest.raises(InputError, match="background.json"):
+        background_score("auto", data, folder, 0, 1, cpu)
+    (folder / "background.json").unlink()  # CAMs of other origin
+    assert "Otsu" in background_score("auto", data, folder, 0, 1, cpu)[1]

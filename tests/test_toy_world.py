@@ -1,0 +1,87 @@
+"""The toy world's own claims, and the ablation's bookkeeping."""
+import json
+
+import ablation
+import numpy as np
+import pytest
+import toy_world
+import torch
+from PIL import Image
+
+from clip_model import load_clip, tokenize
+
+PAIRS = dict(zip(toy_world.OBJECTS, toy_world.BACKGROUNDS, strict=True))
+
+
+@pytest.fixture(scope="module")
+def clip(toy):
+    return load_clip(toy / "clip.pt")
+
+
+def test_curves_carry_the_papers_story(clip):
+    """An object reads best as its class with part of its background, and about as well with all of it as alone: matching
+    leaks. Its background reads the more as such the more of it is seen, and does not need the object: refinement can work."""
+    with torch.no_grad():
+        as_class, as_background = toy_world.curves(clip, PAIRS, count=24).T.tolist()
+    alone, partly, whole = as_class[0], max(as_class[1:4]), as_class[4]
+    assert partly > alone + 0.02 and abs(whole - alone) < 0.05
+    assert as_background[0] < as_background[1] < as_background[2] < as_background[4] < as_background[5] < as_background[6]
+    assert as_background[6] > as_background[0] + 0.4 and as_class[6] < alone - 0.2
+
+
+def test_windows_are_slices():
+    x = torch.arange(2 * 8 * 8 * 3).view(2, 8, 8, 3)
+    top, left = torch.tensor([0, 5, 2, 4]), torch.tensor([1, 0, 5, 3])
+    for n, window in enumerate(toy_world.windows(x, top, left, 3)):
+        assert torch.equal(window, x[n % 2, top[n]:top[n] + 3, left[n]:left[n] + 3])
+    assert torch.equal(toy_world.windows(x[..., 0], top, left, 3), toy_world.windows(x, top, left, 3)[..., 0])
+
+
+def test_pairs():
+    assert toy_world.read_pairs("") == PAIRS
+    other = toy_world.read_pairs("boat:grass,cow:road,car:table,bottle:water")
+    assert other == {"boat": "grass", "train": "rails", "bird": "sky", "cow": "road", "car": "table", "bottle": "water"}
+
+
+def test_the_same_seed_makes_the_same_files(tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        toy_world.write_voc(tmp_path / name, PAIRS, 3, 1, seed, 0.95)
+    a, b, c = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in "abc")
+    assert a == b and a != c and len(a) == 15  # 4 photos, masks and annotations; two lists and the classes
+
+
+# ------------------------------------------------------------------------------------------ the ablation
+
+def test_rows_vary_the_weights_around_the_recipe():
+    titles = [row.title for row in ablation.ROWS]
+    assert len(set(titles)) == len(titles)
+    weights = {row.title: float(row.flags.split()[1]) for row in ablation.ROWS if "lambda_" in row.title}
+    for name, default in (("lambda_R", 1), ("lambda_T", 0.02)):
+        assert [weights[f"{name} x {x}"] for x in (0.25, 0.5, 2, 4)] == pytest.approx([x * default for x in (0.25, 0.5, 2, 4)])
+    assert {name for _, points in ablation.PANELS for _, name in points} <= set(titles)
+
+
+def test_true_words_are_the_texts_of_the_backgrounds(toy, clip, tmp_path):
+    ablation.write_true_words(toy, tmp_path)
+    state = torch.load(tmp_path / "prompts.pt", weights_only=True)
+    with torch.no_grad():
+        texts = clip.encode_text(tokenize([f"a photo of {word}." for word in toy_world.BACKGROUNDS]))
+        torch.testing.assert_close(clip.encode_prompts(state["vectors"]), texts, atol=1e-5, rtol=1e-5)
+
+
+def test_table_and_picture(tmp_path, capsys):
+    args = ablation.parse_args(["--out", str(tmp_path), "--report", "--seeds", "0", "1"])
+    for seed, miou in ((0, 40), (1, 44)):
+        for title in ("matching only", "the method", "lambda_R x 2"):
+            out = tmp_path / f"seed{seed}" / title.replace(" ", "_")
+            out.mkdir(parents=True)
+            (out / "score.json").write_text(json.dumps({"miou": miou, "oracle": {"miou": miou + 1}}))
+        (tmp_path / f"seed{seed}/chain").mkdir()
+        lines = [f"{name}: {word} 0.9, photo 0.5" for name, word in PAIRS.items()]
+        (tmp_path / f"seed{seed}/chain/prompts.txt").write_text("\n".join([*lines[:-1], "bottle: water bottle 0.9, table 0.8"]))
+    ablation.main(args)
+    table = {line[:36].strip(): line[36:].split() for line in capsys.readouterr().out.splitlines() if "±" in line}
+    assert table["the method"] == ["42.0", "±", "2.8", "43.0", "±", "2.8", "5", "5", "2"]
+    assert set(table) == {"matching only", "the method", "lambda_R x 2"}
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert picture.size == (1200, 240) and np.asarray(picture).std() > 0
