@@ -458,7 +458,7 @@ def parse_args(argv=None):
     parser.add_argument("--cams", required=True, metavar="DIR", help="NAME.npy files of train_cam.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="where NAME.png go")
     parser.add_argument("--bg-score", default="auto", metavar="T", help="background score in (0, 1): higher gives smaller "
-                        "masks; auto: Otsu's threshold on the CAM values. Neither looks at a mask")
+                        "masks; auto: what the export of train_cam.py chose, else Otsu's threshold on the CAMs; no mask is read")
     parser.add_argument("--crf", choices=list(PRESETS), default="voc", help="dense CRF preset: voc (WeakTr, SemPLeS), "
                         "irn (IRNet, COCO), prob (CLIP-ES), or none")
     parser.add_argument("--min-confidence", type=float, default=0.0, help="in [0, 1]: pixels whose best probability after the "

@@ -195,7 +195,8 @@ class MaskGenerator(nn.Module):
         return tokens, maps, features, grid
 
     def answer(self, tokens, maps, features, grid):
-        """What `look` returned -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled coarse, pooled fine."""
+        """What `look` returned -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled coarse and
+        pooled fine."""
         K, (h, w) = self.num_classes, grid
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
         fused = self.fusion(maps, features)                                     # [eq. W2]      # (B, T, T)

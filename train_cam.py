@@ -7,12 +7,12 @@
     match     L_match  = mean -log c(sim(v^f, u^f)) + lambda_b mean -log(1 - c(sim(v^b, u^f)))           [eq. 1]
     prompts   L_prompt = mean -log c(sim(v^b, u^b)) + lambda_T mean -log(1 - c(sim(u^f, u^b)))           [eq. 2]
     refine    L_total  = L_match + lambda_R mean -log(1 - c(sim(v^f, u^b)))                              [eq. 3]
-    export    CAMs over scales and flips, present classes only, quarter resolution, float16
+    export    CAMs over scales and flips, present classes only, quarter resolution, float16; and a background score for them
 
 match and refine both start from classify.pt and train the head and the attention fusion only; prompts trains the
 prompt vectors p_k only, on the regions of match.pt. All means run over the N (image, present class) pairs of the batch.
 Reads photos and image-level labels of a VOC, a COCO or a folder of your own (Data); never a mask.
-Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy.
+Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy, OUT/cams/background.json.
 
     python train_cam.py --fetch voc clip deit --root data                                  # VOC 2012 and the weights
     python train_cam.py --data VOCdevkit/VOC2012 --split train_aug --clip ViT-B/32 --vit deit_small.pth --out runs/voc
@@ -828,7 +828,8 @@ def parse_args(argv=None):
                        "annotations/instances_*.json) or your own photos (images, labels.csv, classes.txt)")
     files.add_argument("--split", default="train", help="images to train on and to export: train, train_aug, val, trainval or "
                        "a list of your own in ImageSets/Segmentation; COCO: train, val; own photos: train, val")
-    files.add_argument("--clip", metavar="CKPT", help="CLIP checkpoint, or ViT-B/32 to download it")
+    files.add_argument("--clip", metavar="CKPT", help="CLIP checkpoint, or ViT-B/32 to download it. The export wants it too, and "
+                       "OUT/prompts.pt, to choose a background score")
     files.add_argument("--vit", metavar="CKPT", help="ImageNet-pretrained DeiT that the generator starts from")
     files.add_argument("--out", required=needed, metavar="DIR", help="folder for checkpoints, log and CAMs")
     files.add_argument("--checkpoint", metavar="FILE", help="export: the phase to export (default OUT/refine.pt)")
@@ -979,6 +980,8 @@ def main(args):
     if "export" in phases:
         generator = load_generator(args.checkpoint or out / "refine.pt", data.classes, remedy).to(device)
         folder, prompts = Path(args.cams or out / "cams"), out / "prompts.pt"
+        if rank == 0:
+            (folder / BACKGROUND).unlink(missing_ok=True)  # that of earlier CAMs
         export_cams(generator, data, folder, args.scales, device, rank, world)
         if world > 1:
             dist.barrier()

@@ -100,7 +100,7 @@ def run_row(row, seed, base, args):
             write_true_words(world, out)
         for phase in PHASES[start:]:
             call(train_cam, common, f"--out {out} --phase {phase} --resume", FLAGS[phase], row.flags)
-    call(train_cam, common, f"--out {folder} --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams --scales 1.0")
+    call(train_cam, common, f"--out {folder} --scales 1 --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams")
     call(eval, f"--data {world}/VOC2012 --split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
     shutil.rmtree(out / "cams")
 

@@ -100,7 +100,7 @@ def test_prompts_txt(chain):
 
 def test_cams_on_disk(chain):
     data = Data(chain / "VOC2012", "train")
-    assert {path.name for path in (chain / "cam/cams").iterdir()} == {f"{name}.npy" for name in data.names}
+    assert {path.name for path in (chain / "cam/cams").iterdir()} == {"background.json", *(f"{name}.npy" for name in data.names)}
     sizes, tops = set(), []
     for name in data.names:
         cams = np.load(chain / f"cam/cams/{name}.npy", allow_pickle=False)
@@ -195,7 +195,8 @@ def test_two_processes_write_the_same_pngs(toy, chain, tmp_path, capsys):
     shutil.copytree(toy / "VOC2012", root, ignore=shutil.ignore_patterns("ImageSets", "SegmentationClass"))
     (root / "ImageSets/Segmentation").mkdir(parents=True)
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join((lists / "train.txt").read_text().split()[:11]))
-    flags = ["--data", root, "--cams", chain / "cam/cams", "--min-confidence", 0.8, "--device", "cpu"]
+    cams = shutil.copytree(chain / "cam/cams", tmp_path / "cams", ignore=shutil.ignore_patterns("background.json"))
+    flags = ["--data", root, "--cams", cams, "--min-confidence", 0.8, "--device", "cpu"]
     call("make_pseudo", *flags, "--out", tmp_path / "one")
     printed = capsys.readouterr().out
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "make_pseudo.py",
@@ -435,7 +436,7 @@ def test_chain_on_real_photos(toy, tmp_path):
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(names))
     data = ["--data", root, "--split", "train"]
     call("train_cam", *data, "--clip", toy / "clip.pt", "--vit", vit, "--out", tmp_path / "cam", *TINY, "--scales", 0.5)
-    assert files_in(tmp_path / "cam/cams").keys() == {f"{name}.npy" for name in names}
+    assert files_in(tmp_path / "cam/cams").keys() == {"background.json", *(f"{name}.npy" for name in names)}
     call("make_pseudo", *data, "--cams", tmp_path / "cam/cams", "--out", tmp_path / "masks", "--crf", "voc", "--device", "cpu")
     call("train_seg", *data, "--labels", tmp_path / "masks", "--vit", vit, "--out", tmp_path / "seg", "--epochs", 1, "--batch", 2,
          "--crop", 96, "--workers", 0, "--device", "cpu")
