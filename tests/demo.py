@@ -19,7 +19,7 @@ FLAGS = {  # short runs of a small model on 600 small pictures want larger rates
     "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --mask-views 2 --lambda-b 0.75",
     "prompts": "--prompt-epochs 10 --min-area 0.4",
     "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --mask-views 2 --lambda-b 0.75 --lambda-r 1",
-    "seg": "--crop 64 --scale 0.75 1.5 --epochs 10 --batch 8 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 1",
+    "seg": "--crop 64 --scale 0.75 1.5 --epochs 10 --batch 8 --optimizer adamw --decoder linear --lr 1e-3",
     "test": "--scales 0.5 0.75 1 1.25 1.5 1.75 --crf prob",  # as WeakTr tests its segmenter
 }
 
