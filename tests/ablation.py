@@ -22,11 +22,12 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import eval  # noqa: E402
 import toy_world  # noqa: E402
+from demo import FLAGS  # noqa: E402
+
+import eval  # noqa: E402
 import train_cam  # noqa: E402
 from clip_model import load_clip, tokenize  # noqa: E402
-from demo import FLAGS  # noqa: E402
 from make_pseudo import write_file  # noqa: E402
 
 PHASES = ["classify", "match", "prompts", "refine"]
@@ -173,7 +174,8 @@ def draw(found, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Ablations on the toy world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Ablations on the toy world.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="runs/ablation", help="folder for everything; a run started again goes on there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and training")
     parser.add_argument("--train", type=int, default=200, help="training images: a third of the demo's, to save time")

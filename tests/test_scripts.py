@@ -359,7 +359,8 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
           for score in ("high", "7", "nan")],
         ("no checkpoint", None, "--checkpoint nowhere.pt", "nowhere.pt"),
         ("a generator for a segmenter", None, "--checkpoint OUT/refine.pt", "segmenter"),
-        ("a file where a folder should be", None, "--pred MASKS --save OUT/refine.pt/new", "expected a folder that can be written to"),
+        ("a file where a folder should be", None, "--pred MASKS --save OUT/refine.pt/new",
+         "expected a folder that can be written to"),
         ("column without caption", None, "--pred MASKS --strip OUT/s.png --columns MASKS", "columns"),
     ],
     "clip_model": [

@@ -4,8 +4,8 @@ import json
 import ablation
 import numpy as np
 import pytest
-import toy_world
 import torch
+import toy_world
 from PIL import Image
 
 from clip_model import load_clip, tokenize
