@@ -881,6 +881,8 @@ def parse_args(argv=None):
 def main(args):
     if args.fetch:
         return fetch(args.fetch, Path(args.root))
+    if not all(0 < scale < 10 for scale in args.scales):
+        raise InputError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0 and below 10")
     rank, world, device = start_processes(args.device)
     out, data = Path(args.out), Data(args.data, args.split)
     if args.skip_bad:
