@@ -28,7 +28,7 @@ from demo import FLAGS  # noqa: E402
 import eval  # noqa: E402
 import train_cam  # noqa: E402
 from clip_model import load_clip, tokenize  # noqa: E402
-from make_pseudo import write_file  # noqa: E402
+from train_cam import write_file  # noqa: E402
 
 PHASES = ["classify", "match", "prompts", "refine"]
 TRAINING = {phase: train_cam.parse_args(["--data", "", "--out", "", *FLAGS[phase].split()]) for phase in PHASES}  # the recipe
