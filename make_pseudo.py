@@ -385,10 +385,11 @@ def otsu(histogram):
 
 
 def background_score(choice, data, folder, rank, world, device):
-    """--bg-score: a number, or "auto": the score that train_cam.py wrote beside the CAMs; where there is none, as beside CAMs
-    of other origin, Otsu's threshold on the strongest CAM at each pixel, over the whole split.
+    """--bg-score -> (score in (0, 1), how it was chosen). Opens no ground truth.
 
-    The processes share the images and add up whole numbers: the threshold is the same, however many they are."""
+    A number is taken as it is; "auto" is the score that train_cam.py's export wrote beside the CAMs or, without that file,
+    Otsu's threshold on the strongest CAM at each pixel, over the whole split. The processes share the images and add up whole
+    numbers, so their count changes nothing. Raises InputError for anything else, and for a file that holds no score."""
     if choice != "auto":
         try:
             number = float(choice)

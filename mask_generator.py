@@ -8,7 +8,7 @@ The paper takes its generator from WeakTr: a DeiT trunk with one class token per
 
 A_m are the attention maps of all L * A heads, A_c2p the rows from class tokens to patches, A_p2p those from patches to
 patches. Three image-level predictions follow (class tokens, pooled coarse, pooled fine), which the classification phase
-trains; the CAM that CLIP judges is M = relu(fine).
+trains. fine is the CAM; it is never negative, and train_cam.region_masks scales it to the mask M in [0, 1) that CLIP judges.
 
 Details that the paper leaves open:
     [detail 1] A_c2p is multiplied by the number of patches and the rows of A_p2p are divided by their sums, so that

@@ -14,10 +14,12 @@ prompt vectors p_k only, on the regions of match.pt. All means run over the N (i
 Reads photos and image-level labels of a VOC, a COCO or a folder of your own (Data); never a mask.
 Writes OUT/{classify,match,prompts,refine}.pt, OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy, OUT/cams/background.json.
 
+    make demo                                                                              # all phases on the toy world
     python train_cam.py --fetch voc clip deit --root data                                  # VOC 2012 and the weights
-    python train_cam.py --data VOCdevkit/VOC2012 --split train_aug --clip ViT-B/32 --vit deit_small.pth --out runs/voc
+    python train_cam.py --data data/VOCdevkit/VOC2012 --clip data/ViT-B-32.pt \
+                        --vit data/deit_small_patch16_224-cd65a155.pth --out runs/voc
     torchrun --nproc-per-node 4 train_cam.py ... the same ...                              # one process per GPU
-    python train_cam.py --data ROOT --clip CKPT --vit CKPT --out DIR --phase export --checkpoint DIR/match.pt --cams DIR2
+    python train_cam.py --data ROOT --clip CKPT --out DIR --phase export --checkpoint DIR/match.pt --cams DIR2
 """
 import argparse
 import csv
@@ -442,16 +444,17 @@ class Crops(Dataset):
 
 
 class SeenCrops(Dataset):
-    """The first `views` crops of every image, and what the frozen trunk sees in them, in memory as float16. [detail 6]
+    """The first `views` crops of every image, and what the frozen trunk sees in them (float16), in memory. [detail 6]
 
-    Item i is (image, labels, i, tokens, maps, features); epoch e takes view e modulo `views`."""
+    Item i is (image (3, side, side), labels (K,), i, tokens (T, D), maps (L*A, T, T), features (L*A, 64)), T = K + h*w; epoch e
+    takes view e modulo `views`. Every process holds all of it."""
 
     def __init__(self, crops, generator, views, device, quiet):
         self.epoch, self.views = 0, []
-        for crops.epoch in range(views):
-            loader = DataLoader(crops, 64)
+        for view in range(views):
+            crops.epoch = view
             rows = []
-            for image, labels, i in tqdm(loader, f"trunk, view {crops.epoch + 1}/{views}", disable=True if quiet else None):
+            for image, labels, i in tqdm(DataLoader(crops, 64), f"trunk, view {view + 1}/{views}", disable=True if quiet else None):
                 with torch.no_grad():
                     *seen, self.grid = generator.look(image.to(device))
                 rows.append([image, labels, i, *(part.half().cpu() for part in seen)])
@@ -491,7 +494,7 @@ def end_processes(data, rank, world):
 
 def sum_over_processes(value, device):
     """A number or a tensor -> its sum over all processes, as a number or on the CPU."""
-    total = torch.as_tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32).to(device, copy=True)
+    total = torch.as_tensor(value, dtype=torch.float64).to(device, copy=True)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.cpu() if torch.is_tensor(value) else total.item()
@@ -562,7 +565,8 @@ def cosine(a, b):
 
 
 def c(x):
-    """The paper's clamp. Its gradient is zero outside: a cosine below 1e-4 is simply satisfied."""
+    """The paper's clamp: it keeps the logarithms finite. Outside its gradient is zero: a cosine below 1e-4 is at rest where a
+    term pushes it down, -log(1 - c), but stuck where a term should raise it, -log c."""
     return x.clamp(1e-4, 1 - 1e-4)
 
 
@@ -589,17 +593,18 @@ def refine_loss(v_f, u_b):
 
 
 def region_masks(cam, size, eps):
-    """CAMs of the present classes (N, h, w) -> M (N, 1, H, W) in [0, 1): up-sampled, then min-max per map."""
+    """CAMs of the present classes (N, h, w) -> M (N, 1, H, W) in [0, 1): up-sampled, then (m - min) / (max - min + eps).
+
+    eps is the official code's: 0.1 where S is trained, which damps flat maps, 1e-4 for the prompts, 1e-12 for the export."""
     m = F.interpolate(cam[:, None], size=size, mode="bilinear", align_corners=False)            # (N, 1, H, W)
     low, high = m.amin(dim=(2, 3), keepdim=True), m.amax(dim=(2, 3), keepdim=True)
     return (m - low) / (high - low + eps)
 
 
 def for_clip(image):
-    """ImageNet-normalised -> CLIP-normalised pixels; 0 becomes CLIP's mean colour, so M X fades into it."""
-    constants = [torch.tensor(v, device=image.device).view(3, 1, 1) for v in
-                 (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)]
-    mean, std, clip_mean, clip_std = constants
+    """ImageNet-normalised -> CLIP-normalised pixels, in which 0 is CLIP's mean colour: what M hides in M X fades into it."""
+    mean, std, clip_mean, clip_std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in
+                                      (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD))
     return (image * std + mean - clip_mean) / clip_std
 
 
@@ -631,7 +636,6 @@ class Prompts(nn.Module):
 
     def __init__(self, clip, num_classes, length):
         super().__init__()
-        assert length <= clip.max_prompt_length, f"{length} vectors, {clip.max_prompt_length} fit"
         self.clip = [clip]  # in a list: CLIP is no part of this module's state
         self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1) as the official code
 
@@ -665,8 +669,10 @@ def cosine_decay(t):
 def train(phase, model, dataset, losses, optimizer, args, *, batch, epochs, rank, world, device, describe, decay=cosine_decay):
     """Optimise model; the rate falls by decay(share of steps done). Exact resume from OUT/{phase}.part.
 
-    losses(model, *batch) -> ({name: scalar, "loss": scalar}, n), means over the n pairs of this process's batch.
-    describe(batch) names what is in it, for the message that stops a run whose loss is not finite."""
+    losses(model, *items) -> ({name: scalar, "loss": scalar}, n): means over this process's n images (classify), pairs (match,
+    prompts, refine) or labelled pixels (seg). describe(items) names what is in a batch, for the message that stops a run whose
+    loss is not finite. The log has the means over all n of all processes; lr, the rate of the next step; images_per_s (pairs
+    in prompts); gib, the most GPU memory so far."""
     part = Path(args.out) / f"{phase}.part"
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed)
     loader = DataLoader(dataset, max(1, batch // world), sampler=sampler, num_workers=args.workers,
@@ -724,7 +730,9 @@ def log(out, row):
 
 
 def classification_losses(generator, image, labels, i):
-    """Multi-label soft margin on the three predictions of the generator, averaged.   (METHOD: WeakTr's pre-training)"""
+    """Multi-label soft margin, mean over the three predictions of S (WeakTr's pre-training). image (B, 3, H, W), labels (B, K).
+
+    Returns ({"loss": their mean, "tokens", "coarse", "fine": each one's}, B); i, the images' numbers, is not used."""
     _, logits = generator(image)                                                                # (3, B, K)
     each = [F.multilabel_soft_margin_loss(prediction, labels) for prediction in logits]
     return {"loss": sum(each) / 3, "tokens": each[0], "coarse": each[1], "fine": each[2]}, len(image)
@@ -792,7 +800,7 @@ def export_cams(generator, data, folder, scales, device, rank, world):
 
 
 @torch.no_grad()
-def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=64):
+def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=200):
     """{background score: loss} over SCORES: how well CLIP reads the hard regions that the score cuts from the exported CAMs.
 
     The loss is the three terms of L_total, of equal weight: kept regions read as the class and dropped ones do not [eq. 1],
@@ -900,6 +908,9 @@ def main(args):
                 raise InputError(f"--{flag} is missing; phase {phases[0]} needs that checkpoint; see --help")
     clip = load_clip(args.clip, device) if args.clip else None
     if clip:
+        if "prompts" in phases and not 1 <= args.prompt_length <= clip.max_prompt_length:
+            raise InputError(f"--prompt-length {args.prompt_length}: expected 1 to {clip.max_prompt_length}, what this CLIP has "
+                             "room for; pass another")
         u_f = class_texts(clip, data.words, device)                                             # (K, E)
         plain = Crops(data, clip.resolution, args.seed, args.min_area)
         strong = Crops(data, clip.resolution, args.seed, args.min_area, strong=args.augment)
@@ -910,7 +921,7 @@ def main(args):
         if phase == "export" or (args.resume and finished.is_file()):
             continue
         torch.manual_seed(args.seed)
-        adamw = lambda lr: torch.optim.AdamW([  # noqa: E731
+        adamw = lambda model, lr: torch.optim.AdamW([  # noqa: E731
             {"params": [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("trunk.") == trunk],
              "lr": lr * (args.trunk_lr if trunk else 1)} for trunk in (True, False)], weight_decay=args.weight_decay)
         begin = {"epochs": args.epochs, "batch": args.batch, **shared,
@@ -918,7 +929,7 @@ def main(args):
 
         if phase == "classify":
             model = MaskGenerator(load_vit(args.vit), K, args.class_attention).to(device)
-            train(phase, model, strong, classification_losses, adamw(args.lr), args, **begin)
+            train(phase, model, strong, classification_losses, adamw(model, args.lr), args, **begin)
 
         elif phase in ("match", "refine"):
             model = load_generator(out / "classify.pt", data.classes, remedy).to(device)  # both start here
@@ -938,7 +949,7 @@ def main(args):
                 cam, _ = generator(seen=seen)
                 v_f, v_b, k = embed_regions(clip, image, cam, labels, eps=0.1)                  # (N, E), (N, E), (N,)
                 if len(k) == 0:
-                    names = ["match", "loss", *(["refine"] if phase == "refine" else [])]  # as below: sums run over processes
+                    names = ["match", "loss", *(["refine"] if phase == "refine" else [])]  # as below: processes add them
                     return dict.fromkeys(names, 0 * cam.sum()), 0
                 values = {"match": match_loss(v_f, v_b, u_f[k], args.lambda_b)}
                 values["loss"] = values["match"]
@@ -947,7 +958,7 @@ def main(args):
                     values["loss"] = values["match"] + args.lambda_r * values["refine"]         # L_total
                 return values, len(k)
 
-            train(phase, model, views, mask_losses, adamw(args.lr), args, **begin)
+            train(phase, model, views, mask_losses, adamw(model, args.lr), args, **begin)
 
         elif phase == "prompts":
             generator = load_generator(out / "match.pt", data.classes, remedy).to(device)
@@ -959,7 +970,7 @@ def main(args):
                 return {"loss": prompt_loss(v_b, u_b, u_f[k], args.lambda_t, args.repel, v_f),
                         "sim": cosine(v_b, u_b).mean().detach()}, len(k)
 
-            train(phase, model, regions, prompt_losses, adamw(args.prompt_lr), args, epochs=args.prompt_epochs,
+            train(phase, model, regions, prompt_losses, adamw(model, args.prompt_lr), args, epochs=args.prompt_epochs,
                   batch=args.prompt_batch, **shared, describe=lambda items: f"classes {sorted(set(items[2].tolist()))}")
             with torch.no_grad():
                 found = nearest_words(model(), sorted({*read_nouns(), *data.words}), clip)
@@ -993,6 +1004,9 @@ def main(args):
             chosen = {"background_score": min(losses, key=losses.get), "losses": losses}
             if rank == 0:
                 write_file(folder / BACKGROUND, lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
+                print(f"background score {chosen['background_score']}, chosen by CLIP and the prompts: {folder / BACKGROUND}")
+        elif rank == 0:
+            print(f"no background score is chosen without --clip and {prompts}; make_pseudo.py will take Otsu's threshold")
     return end_processes(data, rank, world)
 
 

@@ -2,14 +2,15 @@
 
 A plain ViT reads the photo; a decoder gives every patch a score for each of the K + 1 labels; the scores are up-sampled.
     linear  one linear layer on the patch tokens
-    mask    Segmenter's mask transformer (Strudel et al. 2021): two more blocks over patches and K + 1 class vectors,
-            score(patch, class) = <patch, class> of unit vectors                                     [eq. S1]
+    mask    Segmenter's mask transformer (Strudel et al. 2021): two more blocks over patches and K + 1 label vectors,
+            score(patch, label) = s <patch, label> of unit vectors, s learned                        [eq. S1]
 Loss: cross-entropy over the pixels that are not 255. SGD or AdamW, the trunk at a tenth of the rate, poly decay.
 
 Reads photos and label PNGs (palette images, 0 background, 1..K classes, 255 ignore) of any origin; --labels
 ROOT/SegmentationClass gives the fully supervised upper bound. Writes OUT/seg.pt and OUT/log.jsonl.
 
-    python train_seg.py --data VOCdevkit/VOC2012 --split train_aug --labels runs/voc/masks --vit deit_small.pth --out runs/voc
+    python train_seg.py --data data/VOCdevkit/VOC2012 --labels runs/voc/masks \
+                        --vit data/deit_small_patch16_224-cd65a155.pth --out runs/voc
     torchrun --nproc-per-node 4 train_seg.py ... the same ...
 """
 import argparse
@@ -32,7 +33,7 @@ from train_cam import Data, build_vit, end_processes, read_checkpoint, start_pro
 
 
 class Segmenter(nn.Module):
-    """ViT and decoder: image (B, 3, H, W) ImageNet-normalised -> scores (B, K + 1, H, W)."""
+    """ViT and decoder: image (B, 3, H, W) ImageNet-normalised -> scores (B, K + 1, H, W). num_labels is K + 1, background first."""
 
     def __init__(self, vit, num_labels, decoder="mask"):
         super().__init__()
@@ -82,10 +83,10 @@ class Labelled(Dataset):
     def __init__(self, data, folder, side, seed, scales):
         self.data, self.folder, self.side, self.seed, self.epoch, self.scales = data, Path(folder), side, seed, 0, scales
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
-        self.place = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
-                                 v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-                                 v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomHorizontalFlip(),
-                                 v2.RandomCrop(side, pad_if_needed=True, fill=fill)])  # beside the photo: mean colour, 255
+        self.augment = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
+                                   v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+                                   v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomHorizontalFlip(),
+                                   v2.RandomCrop(side, pad_if_needed=True, fill=fill)])  # beside the photo: mean colour, 255
 
     def __len__(self):
         return len(self.data.names)
@@ -105,7 +106,7 @@ class Labelled(Dataset):
             size = [max(1, round(H * scale)), max(1, round(W * scale))]
             photo = tv_tensors.Image(v2.functional.resize(v2.functional.pil_to_tensor(photo), size, InterpolationMode.BICUBIC))
             labels = tv_tensors.Mask(v2.functional.resize(labels[None], size, InterpolationMode.NEAREST_EXACT))
-            photo, labels = self.place(photo, labels)
+            photo, labels = self.augment(photo, labels)
         return photo.as_subclass(torch.Tensor), labels[0].as_subclass(torch.Tensor).long(), i
 
 

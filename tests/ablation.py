@@ -3,7 +3,8 @@
     python tests/ablation.py --out runs/ablation                # trains, then prints the table and draws OUT/ablation.png
     nohup python tests/ablation.py > ablation.log &             # in the background
 
-A row changes one thing of the demo's recipe (tests/demo.py) and runs the phases after it; the earlier ones are the seed's own.
+A row changes one thing of the demo's recipe (tests/demo.py) and trains the phases from there on; those before it are trained
+once a seed (`chain`) and shared by the rows.
 Columns: mIoU of the CAMs on the train split, cut at the background score that is chosen without masks; the best mIoU of
 any score, found with the masks, for comparison; and how many of the six prompts have their own background as the nearest
 word. Mean and standard deviation over the seeds, of data and training both.
@@ -28,16 +29,15 @@ from demo import FLAGS  # noqa: E402
 import eval  # noqa: E402
 import train_cam  # noqa: E402
 from clip_model import load_clip, tokenize  # noqa: E402
-from train_cam import write_file  # noqa: E402
+from train_cam import PHASES, write_file  # noqa: E402
 
-PHASES = ["classify", "match", "prompts", "refine"]
 TRAINING = {phase: train_cam.parse_args(["--data", "", "--out", "", *FLAGS[phase].split()]) for phase in PHASES}  # the recipe
 
 
 class Row(NamedTuple):
     title: str
     scored: str = "refine"  # the phase whose CAMs are scored
-    own: str = ""  # the first phase that the row trains for itself; "words": none, its prompts are written; "": it is a chain's
+    own: str = ""  # the first phase it trains for itself; "words": refine, with prompts that are written; "": none, it is the chain
     flags: str = ""  # of its own phases
     world: str = ""  # flags of tests/toy_world.py
 
@@ -94,7 +94,7 @@ def run_row(row, seed, base, args):
     folder = out if row.own else chain
     if row.own:
         out.mkdir(exist_ok=True)
-        start = PHASES.index({"words": "prompts"}.get(row.own, row.own))
+        start = PHASES.index("refine" if row.own == "words" else row.own)
         for phase in PHASES[:start]:
             shutil.copy(chain / f"{phase}.pt", out)
         if row.own == "words":

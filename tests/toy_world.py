@@ -234,10 +234,11 @@ def write_voc(root, pairs, train, val, seed, cooccurrence):
 #
 # The CLIP is made by regression: axis 0 of its space is shared by everything (real CLIP's cosines are all positive),
 # axis 1 + i belongs to thing i, the others to the rest of the noun list, and
-#     image  ->  0.75 axis_0 + sum_i visibility_i axis_i        visibility: share of the thing's pixels that is shown
+#     image  ->  0.75 axis_0 + sum_i visibility_i axis_i        visibility: share of the thing's pixels that is shown,
+#                                                            times area / 40 for things of less than 40 pixels
 #     text   ->  0.75 axis_0 + sum_i axis_i over the named things, each object with TIE of its usual background
 # Captions tie objects to their surroundings, so CLIP's "boat" also means some water: that is why matching alone leaks. With
-# TIE 0.3 an object reads as its name best with a quarter of its usual surroundings, and with half of them as well as alone
+# TIE 0.3 an object reads as its name best with a quarter of its usual surroundings, and with half of them about as well as alone
 # (`curves`, printed for every world). Fillers mean nothing; a word of the noun list cannot be one.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -298,9 +299,9 @@ def directions(pairs, nouns):
     return table
 
 
-def fit(title, parameters, loss_of, steps, lr, peak, weight_decay):
-    """Minimise loss_of() over `steps` fresh batches: AdamW, one cycle up to `peak`."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+def fit(title, parameters, loss_of, steps, peak, weight_decay):
+    """Minimise loss_of() over `steps` fresh batches: AdamW, one cycle of its rate: peak / 25, up to `peak`, down to about 0."""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)  # the schedule sets the rate
     schedule = OneCycleLR(optimizer, peak, steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), desc=title, disable=None)):
         loss = loss_of()
@@ -320,10 +321,10 @@ def train_image_tower(clip, steps=2500, B=128):
         target = torch.cat([torch.full((B, 1), SHARED), visibility, torch.zeros(B, clip.embed_dim - 1 - len(THINGS))], 1)
         return (F.normalize(clip.encode_image(x), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
 
-    fit("image tower", clip.visual.parameters(), loss, steps, lr=1e-3, peak=1.2e-3, weight_decay=0.03)
+    fit("image tower", clip.visual.parameters(), loss, steps, peak=1.2e-3, weight_decay=0.03)
 
 
-def train_text_tower(clip, pairs, steps, lr=2e-3, B=96):
+def train_text_tower(clip, pairs, steps, peak=2e-3, B=96):
     """Captions "a photo of ... ." of single nouns and of lists of up to 30 words, among them fillers and noise.
 
     Words in lists are shortened, stretched and mixed with meaningless vectors, which teaches the tower to read free
@@ -364,7 +365,7 @@ def train_text_tower(clip, pairs, steps, lr=2e-3, B=96):
             vectors = vectors * torch.exp(1.5 * torch.randn(B, 1, 1)).clamp(0.3, 30)
         return (F.normalize(clip.encode_prompts(vectors), dim=1) - F.normalize(target, dim=1)).square().sum(dim=1).mean()
 
-    fit("text tower", parameters, loss, steps, lr=lr, peak=lr, weight_decay=0.0)
+    fit("text tower", parameters, loss, steps, peak=peak, weight_decay=0.0)
 
 
 def curves(clip, pairs, count=60, seed=4000):
@@ -413,12 +414,13 @@ def windows(x, top, left, side):
 
 
 def train_vit(steps=1600, B=48):
-    """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture? Image-level labels only.
+    """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture?
 
-    Pictures are views of untied scenes and, of each view, windows of 12 to 24 pixels with their own labels. The answer must
-    stand in a tenth of the patches, before and after the attention maps spread it; where a window shows a single thing, in
-    all of them. And a patch must say in the view what it says in the window: what lies outside is not to matter. That keeps
-    tokens and attention local, which in the paper is the work of ImageNet's pretraining. [CLS] learns nothing here.
+    Pictures are views of untied scenes and, of each view, windows of 12 to 24 pixels with their own labels, all drawn for this,
+    none from the toy VOC. The answer must stand in a tenth of the patches, before and after the attention maps spread it; where
+    a window shows a single thing, in all of them. And a patch must say in the view what it says in the window: what lies outside
+    is not to matter. That keeps tokens and attention local, which in the paper is the work of ImageNet's pretraining. [CLS]
+    learns nothing here.
     Runs in bfloat16, several times as fast on CPUs that have it."""
     vit = ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
     images, parts = untied_scenes(12000, seed=2000, empty=0.2)
@@ -451,7 +453,7 @@ def train_vit(steps=1600, B=48):
             bce(windows(z, top // 4, left // 4, side // 4), says) for z in whole)
         return sum(classify(z, shows(part, 10)) for z in whole) + sum(classify(z, labels) for z in near) + 2 * same
 
-    fit("vit", vit.parameters(), loss, steps, lr=1.5e-3, peak=1.5e-3, weight_decay=0.05)
+    fit("vit", vit.parameters(), loss, steps, peak=1.5e-3, weight_decay=0.05)
     return vit
 
 
@@ -531,7 +533,7 @@ def main(args):
     write_voc(args.out / "VOC2012", pairs, args.train, args.val, args.seed, args.cooccurrence)
     clip, vit = unpack()
     if pairs != usual:
-        train_text_tower(clip, pairs, steps=600, lr=1e-3)
+        train_text_tower(clip, pairs, steps=600, peak=1e-3)
     with torch.no_grad():
         table = curves(clip, pairs).T
     print("what the small CLIP sees: the object and 0, 1/4, 1/2, 3/4, all of its background | half of the object, none of it")
