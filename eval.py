@@ -8,11 +8,11 @@ Reads photos, masks and (for --cams) image-level labels of any of the three layo
 Prints a table; writes a JSON, the predicted PNGs and a picture strip where asked. --images needs no data set: it predicts
 any photos, with the classes of the checkpoint. --voc-server packs predictions as PASCAL VOC's evaluation server takes them.
 
-    python eval.py --data VOCdevkit/VOC2012 --split val --checkpoint runs/voc/seg.pt --scales 0.75 1 1.25 --crf prob
-    python eval.py --data VOCdevkit/VOC2012 --split train --pred runs/voc/masks --json runs/voc/masks.json
-    python eval.py --data VOCdevkit/VOC2012 --split train --cams runs/voc/cams
+    python eval.py --data data/VOCdevkit/VOC2012 --split val --checkpoint runs/voc/seg.pt --scales 0.75 1 1.25 --crf prob
+    python eval.py --data data/VOCdevkit/VOC2012 --split train --pred runs/voc/masks --json runs/voc/masks.json
+    python eval.py --data data/VOCdevkit/VOC2012 --split train --cams runs/voc/cams
     python eval.py --images holiday --checkpoint runs/voc/seg.pt --save runs/holiday
-    torchrun --nproc-per-node 4 eval.py --data VOCdevkit/VOC2012 --split test --checkpoint seg.pt --save runs/test --voc-server
+    torchrun --nproc-per-node 4 eval.py --data data/VOCdevkit/VOC2012 --split test --checkpoint seg.pt --save runs/test --voc-server
 """
 import argparse
 import json

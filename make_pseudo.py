@@ -17,7 +17,7 @@ on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), as the re
 
 Reads photos, image-level labels and the CAMs of train_cam.py; writes OUT/NAME.png, class numbers in VOC's palette.
 
-    python make_pseudo.py --data VOCdevkit/VOC2012 --cams runs/voc/cams --out runs/voc/masks     # started again: goes on
+    python make_pseudo.py --data data/VOCdevkit/VOC2012 --cams runs/voc/cams --out runs/voc/masks     # started again: goes on
     torchrun --nproc-per-node 4 make_pseudo.py ... the same ...                 # processes share the images; the same PNGs
 """
 import argparse

@@ -444,7 +444,7 @@ class Crops(Dataset):
 
 
 class SeenCrops(Dataset):
-    """The first `views` crops of every image, and what the frozen trunk sees in them (float16), in memory. [detail 6]
+    """The first `views` crops of every image, and what the frozen trunk sees in them (float16), in memory. [detail 5]
 
     Item i is (image (3, side, side), labels (K,), i, tokens (T, D), maps (L*A, T, T), features (L*A, 64)), T = K + h*w; epoch e
     takes view e modulo `views`. Every process holds all of it."""
@@ -748,7 +748,7 @@ def class_texts(clip, words, device):
 def background_regions(clip, generator, dataset, views, device, rank, world):
     """For `views` crops of every image: v_f, v_b (N, E) and class (N,) of each present class.
 
-    The generator is frozen in this phase, so a region's embedding is computed once, not once an epoch. [detail 5]"""
+    The generator is frozen in this phase, so a region's embedding is computed once, not once an epoch. [detail 4]"""
     rows = []
     for epoch in range(views):
         dataset.epoch = epoch

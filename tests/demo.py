@@ -20,7 +20,7 @@ FLAGS = {  # short runs of a small model on 600 small pictures want larger rates
     "match": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --mask-views 2 --lambda-b 0.75",
     "prompts": "--prompt-epochs 10 --min-area 0.4",
     "refine": "--epochs 8 --lr 1e-3 --batch 16 --min-area 0.4 --no-augment --mask-views 2 --lambda-b 0.75 --lambda-r 1",
-    "seg": "--crop 64 --scale 0.75 1.5 --epochs 20 --batch 8 --optimizer adamw --decoder linear --lr 1e-3 --trunk-lr 0.3",
+    "seg": "--crop 64 --scale 0.75 1.5 --epochs 14 --batch 8 --optimizer adamw --lr 1e-3 --trunk-lr 0.3",
     "test": "--scales 0.75 1 1.25 1.5 1.75 --crf prob",  # WeakTr's scales but for 0.5, whole images; CLIP-ES's CRF
 }
 
