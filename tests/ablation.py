@@ -142,7 +142,7 @@ def print_table(found):
 
 def draw(found, path):
     """Four curves of mIoU, mean and deviation over the seeds; the dashed lines are matching only and the true words."""
-    W, H, low, high = 300, 240, 20, 80
+    W, H, low, high = 300, 240, 40, 90
     sheet = Image.new("RGB", (len(PANELS) * W, H), "white")
     pen = ImageDraw.Draw(sheet)
     y = lambda value: 20 + (H - 60) * (high - value) / (high - low)  # noqa: E731
@@ -158,7 +158,7 @@ def draw(found, path):
                     level = y(mean(score[0] for score in found[name]))
                     for x in range(left, right, 8):
                         pen.line([(x, level), (x + 4, level)], fill=colour)
-                    pen.text((left + 4, level + 1), name, fill=colour)
+                    pen.text((left + 4, level + (1 if name == "matching only" else -12)), name, fill=colour)
         curve = []
         for i, (label, row) in enumerate(points):
             x = left + 20 + i * (right - left - 40) / (len(points) - 1)

@@ -1,7 +1,7 @@
 """The toy world: PASCAL VOC 2012 in miniature, with a small CLIP and a small pretrained ViT, made from a seed.
 
     python tests/toy_world.py --out runs/toy [--train 600] [--val 200] [--seed 0]
-    python tests/toy_world.py --retrain image text vit     # trains the committed weights again (about 20, 5 and 12 minutes)
+    python tests/toy_world.py --retrain image text vit     # trains the committed weights again (about 20, 2 and 12 minutes)
 
 It carries the paper's story: objects nearly always stand on "their" background (boat on water, train on rails, ...),
 so image-level labels cannot tell the two apart, a classifier's CAM leaks, and the learned prompts must name what leaks.
