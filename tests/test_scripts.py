@@ -321,6 +321,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says)
         ("a file where a folder should be", None, f"{TRAIN} --out OUT/refine.pt/new", "expected a folder that can be written to"),
         ("other classes", lambda w: edit(w.voc / "classes.txt", "boat", "boat\nunicorn"), "--phase match", "classify.pt"),
         *((f"scale {scale}", None, f"--phase export --scales 1 {scale}", "scales") for scale in ("nan", "-1")),
+        *((f"{n} prompt vectors", None, f"--phase all --prompt-length {n}", "prompt-length") for n in (-1, 0, 72)),
     ],
     "make_pseudo": [
         ("no root", lambda w: shutil.rmtree(w.voc), "", "VOC2012"),
