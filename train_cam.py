@@ -614,21 +614,21 @@ def clip_view(clip, image):
     return for_clip(F.interpolate(image, size=side, mode="bicubic", antialias=True) if image.shape[2:] != side else image)
 
 
-def embed_masked(clip, X, M, parts="fb"):
-    """X (N, 3, R, R), M (N, 1, R, R) -> v_f, v_b (N, E): CLIP's view of what M keeps and drops; None where `parts` lacks it."""
-    regions = ([M * X] if "f" in parts else []) + ([(1 - M) * X] if "b" in parts else [])       # X_k^f, X_k^b
-    v = clip.encode_image(torch.cat(regions)).split(len(M)) if len(M) else [X.new_zeros(0, clip.embed_dim)] * 2
-    return v[0] if "f" in parts else None, v[-1] if "b" in parts else None
+def embed_masked(clip, X, M):
+    """X (N, 3, R, R), M (N, 1, R, R) -> v_f, v_b (N, E): CLIP's view of what M keeps and of what it drops."""
+    if not len(M):
+        return X.new_zeros(2, 0, clip.embed_dim).unbind()
+    return clip.encode_image(torch.cat([M * X, (1 - M) * X])).split(len(M))                     # of X_k^f, X_k^b
 
 
-def embed_regions(clip, image, cam, labels, eps, parts="fb"):
+def embed_regions(clip, image, cam, labels, eps):
     """CLIP's view of every present class's foreground and background.
 
     image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K).
-    Returns v_f, v_b (N, E; None where `parts` lacks it) and the classes (N,) of the pairs, in order of image, class."""
+    Returns v_f, v_b (N, E) and the classes (N,) of the pairs, in order of image, class."""
     b, k = labels.nonzero(as_tuple=True)                                                        # (N,), (N,)
     M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)                        # (N, 1, R, R)
-    return *embed_masked(clip, clip_view(clip, image)[b], M, parts), k
+    return *embed_masked(clip, clip_view(clip, image)[b], M), k
 
 
 class Prompts(nn.Module):
