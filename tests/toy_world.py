@@ -1,7 +1,7 @@
 """The toy world: PASCAL VOC 2012 in miniature, with a small CLIP and a small pretrained ViT, made from a seed.
 
     python tests/toy_world.py --out runs/toy [--train 600] [--val 200] [--seed 0]
-    python tests/toy_world.py --retrain image text vit     # trains the committed weights again (about 20, 2 and 12 minutes)
+    python tests/toy_world.py --retrain image text vit     # trains the committed weights again (about 20, 2 and 35 minutes)
 
 It carries the paper's story: objects nearly always stand on "their" background (boat on water, train on rails, ...),
 so image-level labels cannot tell the two apart, a classifier's CAM leaks, and the learned prompts must name what leaks.
@@ -413,7 +413,7 @@ def windows(x, top, left, side):
     return x[index, (top[:, None] + torch.arange(side))[:, :, None], (left[:, None] + torch.arange(side))[:, None]]
 
 
-def train_vit(steps=1600, B=48):
+def train_vit(steps=4200, B=48):
     """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture?
 
     Pictures are views of untied scenes and, of each view, windows of 12 to 24 pixels with their own labels, all drawn for this,
@@ -423,7 +423,7 @@ def train_vit(steps=1600, B=48):
     learns nothing here.
     Runs in bfloat16, several times as fast on CPUs that have it."""
     vit = ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
-    images, parts = untied_scenes(12000, seed=2000, empty=0.2)
+    images, parts = untied_scenes(24000, seed=2000, empty=0.2)
     x, rng = normalized(images, IMAGENET_MEAN, IMAGENET_STD), np.random.default_rng(2001)
     bce = F.binary_cross_entropy_with_logits
 
