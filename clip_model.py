@@ -75,16 +75,16 @@ class InputError(Exception):
 
 
 def run(main, args):
-    """main(args), where an InputError, or a place that cannot be written to, ends as one line on stderr and exit code 2.
+    """main(args), where an InputError, or a place that cannot be written to or is full, ends as one line and exit code 2.
 
     What main returns is the list of what --skip-bad left out: printed at the end, with exit code 3."""
     try:
         skipped = main(args)
-    except (InputError, PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+    except (InputError, OSError) as error:
         # a data loader's worker wraps the message in its traceback: the last line is ours
         message = str(error).strip().splitlines()[-1].removeprefix("clip_model.InputError: ")
         if isinstance(error, OSError):  # what cannot be read has a message of its own
-            message += "; expected a folder that can be written to; pass another"
+            message += "; expected a folder that can be written to, with room; pass another, or make room"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     if skipped:

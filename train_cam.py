@@ -318,7 +318,7 @@ class Photos(DataSet):
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{table}: not readable ({error}); expected UTF-8 text, a row FILE,CLASS;CLASS a photo") from None
         for number, row in enumerate(rows):
-            cells = [cell.strip() for part in row for cell in part.split(";")]
+            cells = [cell.strip() for part in row for cell in part.replace("\t", ";").split(";")]
             if not any(cells) or number == 0 and composed(cells[0]) not in self.files and "." not in cells[0]:
                 continue  # an empty line, or a header
             path = self.find(cells[0], f"{table}, line {number + 1}")
@@ -508,6 +508,8 @@ def write_file(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, where the disk is full
+        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -796,7 +798,8 @@ def export_cams(generator, data, folder, scales, device, rank, world):
                 cam = cam.flip(3) if flip else cam                                              # (1, K, h, w)
                 total = total + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)[0, present]
         maps = region_masks(total, quarter, eps=1e-12)[:, 0] if len(present) else total          # (n, H/4, W/4)
-        write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps.cpu().numpy().astype(np.float16)))
+        maps = maps.cpu().numpy().astype(np.float16)
+        write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from PIL import Image
 
 import train_cam
 import train_seg
-from clip_model import InputError
+from clip_model import InputError, run
 from make_pseudo import PALETTE, PRESETS, dense_crf, hard_unary, read_cams
 from train_cam import Data
 
@@ -422,6 +422,25 @@ def test_exit_code_of_the_process(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path}: no folder JPEGImages") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize("fill", [
+    lambda file: torch.save({"weights": torch.zeros(9999)}, file), lambda file: file.write(bytes(9999)),
+    lambda file: Image.new("L", (99, 99)).save(file, "png")], ids=["checkpoint", "bytes", "png"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(fill, tmp_path, capsys):
+    """A device that takes no byte stands for the disk that is full halfway through the file."""
+    (tmp_path / "a.pt").write_text("old")
+
+    def write(path):
+        path.write_text("half")
+        with open("/dev/full", "wb") as full:
+            fill(full)
+    with pytest.raises(SystemExit) as end:
+        run(lambda _: train_cam.write_file(tmp_path / "a.pt", write), None)
+    line, = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith(f"error: {tmp_path}/a.pt: cannot be written (") and "make room" in line
+    assert bytes_in(tmp_path) == {"a.pt": b"old"}
 
 
 # ------------------------------------------------------------------------------------------ real photos
