@@ -15,6 +15,7 @@ Details that the paper leaves open:
                uniform attention changes nothing and the fine CAM has the scale of the coarse one at any image size.
     [detail 2] The pooled fine prediction uses coarse without relu: an absent class can then score below zero.
     [detail 3] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
+    [detail 6] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: no class dies.
 
 Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
 
@@ -172,6 +173,23 @@ class AttentionFusion(nn.Module):
         return (w[:, None] @ maps.flatten(2)).view(len(maps), *maps.shape[2:]) / maps.shape[1]  # (B, T, T)
 
 
+class Rectify(torch.autograd.Function):
+    """relu of maps (B, K, h, w); one that is zero everywhere still passes back the gradient that would raise it. [detail 6]
+
+    With a plain relu a class whose map has sunk to zero in all its images would get no gradient any more, and stay there."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, = ctx.saved_tensors
+        dead = x.amax(dim=(2, 3), keepdim=True) <= 0                                            # (B, K, 1, 1)
+        return gradient * ((x > 0) | dead & (gradient < 0))
+
+
 class MaskGenerator(nn.Module):
     """S: X (B, 3, H, W) -> CAMs (B, K, h, w), with the three image-level predictions that train it."""
 
@@ -204,7 +222,7 @@ class MaskGenerator(nn.Module):
         p2p = fused[:, K:, K:]
         p2p = p2p / p2p.sum(dim=2, keepdim=True)                                                # (B, h*w, h*w)
         spread = lambda maps: (c2p * maps.flatten(2)) @ p2p.transpose(1, 2)     # [eq. W3]      # noqa: E731
-        cam = spread(coarse.relu()).unflatten(2, (h, w))                                        # (B, K, h, w)
+        cam = spread(Rectify.apply(coarse)).unflatten(2, (h, w))                # [detail 6]    # (B, K, h, w)
         logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), spread(coarse).mean(dim=2)])
         return cam, logits
 

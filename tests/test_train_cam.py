@@ -15,7 +15,7 @@ from conftest import ROOT, TINY
 
 import train_cam
 from clip_model import InputError, load_clip
-from mask_generator import MaskGenerator, ViT, load_vit
+from mask_generator import MaskGenerator, Rectify, ViT, load_vit
 from train_cam import Crops, Data, cosine, embed_regions, match_loss, prompt_loss, refine_loss, region_masks
 
 log = math.log
@@ -211,6 +211,34 @@ def test_refinement_by_hand(h, w):
     rows = torch.zeros(K, T)
     rows[:, K:] = torch.rand(K, h * w)  # class k looks at some patches only
     torch.testing.assert_close(refined(torch.eye(h * w), rows)[0], 0.5 * h * w * rows[:, K:].view(1, K, h, w) * coarse.relu())
+
+
+def test_gradient_of_the_rectified_maps():
+    """[detail 6] a plain relu's, but in a map that is zero everywhere what would raise it passes (descent subtracts it)."""
+    x = torch.tensor([[2.0, -3, -3, 1], [-2, -3, -1, 0]]).view(2, 1, 2, 2).requires_grad_()
+    y = Rectify.apply(x)
+    assert y.flatten().tolist() == [2, 0, 0, 1, 0, 0, 0, 0]
+    y.backward(torch.tensor([[0.5, 0.5, -0.5, -0.5], [0.5, 0.5, -0.5, -0.5]]).view_as(x))
+    assert x.grad.flatten().tolist() == [0.5, 0, 0, -0.5, 0, 0, -0.5, -0.5]
+
+
+@pytest.mark.parametrize("rectify, comes_back", [(Rectify.apply, True), (torch.relu, False)], ids=["ours", "plain ReLU"])
+def test_a_map_that_is_zero_everywhere_can_come_back(rectify, comes_back, monkeypatch):
+    """[detail 6] a head that says no to every patch, and a loss that wants the left half kept."""
+    monkeypatch.setattr(Rectify, "apply", rectify)
+    torch.manual_seed(0)
+    generator, image = MaskGenerator(ViT(4, 64, 2, (4, 4)), 1), torch.randn(1, 3, 16, 16)
+    nn.init.constant_(generator.head.bias, -5)
+    optimizer = torch.optim.AdamW(generator.mask_parameters(), 0.03)
+    for step in range(60):
+        cam = generator(image)[0]
+        assert step or (cam == 0).all()  # dead at the start
+        mask = region_masks(cam[:, 0], (16, 16), eps=0.1)
+        loss = mask[..., 8:].mean() - mask[..., :8].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (loss.item() < -0.3) if comes_back else (cam == 0).all()  # measured -0.46
 
 
 # ------------------------------------------------------------------------------------------ who moves in which phase
