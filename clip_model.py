@@ -24,6 +24,7 @@ Where this file departs from OpenAI's code:
     python clip_model.py --clip runs/toy/clip.pt --image scene.jpg "a photo of boat." "a photo of water."
 """
 import argparse
+import errno
 import gzip
 import hashlib
 import html
@@ -70,22 +71,26 @@ MODELS = {  # name -> SHA-256 and file name, which is also how the URL ends
 # What all six scripts share: the user's mistakes, the device, images
 # ----------------------------------------------------------------------------------------------------------------------
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
+MAKE_ROOM = "; expected a folder that can be written to, with room; pass another, or make room"
+
+
 class InputError(Exception):
     """A user's mistake: one line naming what was read, what was expected, what fixes it."""
 
 
 def run(main, args):
-    """main(args), where an InputError, or a place that cannot be written to or is full, ends as one line and exit code 2.
+    """main(args), where an InputError, or a place that is full or cannot be written to, ends as one line and exit code 2.
 
     What main returns is the list of what --skip-bad left out: printed at the end, with exit code 3."""
     try:
         skipped = main(args)
     except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise  # not the user's mistake: what cannot be read ends as an InputError
         # a data loader's worker wraps the message in its traceback: the last line is ours
         message = str(error).strip().splitlines()[-1].removeprefix("clip_model.InputError: ")
-        if isinstance(error, OSError):  # what cannot be read has a message of its own
-            message += "; expected a folder that can be written to, with room; pass another, or make room"
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}{MAKE_ROOM if isinstance(error, OSError) else ''}", file=sys.stderr)
         sys.exit(2)
     if skipped:
         print(f"done, but {len(skipped)} left out:", *skipped, sep="\n    ", file=sys.stderr)

@@ -104,7 +104,7 @@ def dense_crf_slow(image, prob, gaussian=(3, 3), bilateral=(50, 5, 10), iteratio
         k = torch.exp(-0.5 * (f[:, None] - f).square().sum(2))  # [eq. C2]  (H*W, H*W)
         n = k.sum(1)
         K = K + weight * k / (n[:, None] * n).sqrt()  # [detail C2]
-    log_prob = prob.flatten(1).float().clamp(MIN_PROB, 1).log()  # -ψ  (C, H*W)
+    log_prob = prob.flatten(1).float().clamp(MIN_PROB, 1).log()  # -ψ of [eq. C1]  (C, H*W)
     Q = log_prob.softmax(0)
     for _ in range(iterations):
         Q = (log_prob + Q @ K).softmax(0)  # [eq. C3]  (C, H*W)
@@ -285,7 +285,7 @@ def mean_field(group, gaussian, bilateral, iterations):
     C = max(len(prob) for _, prob in group)
     log_prob = torch.cat([  # labels that an image lacks have log 0: they stay at Q = 0
         F.pad(prob.flatten(1).t().float().clamp(MIN_PROB, 1).log(), (0, C - len(prob)), value=-math.inf)
-        for _, prob in group])  # -ψ  (V, C)
+        for _, prob in group])  # -ψ of [eq. C1]  (V, C)
     image_index = torch.arange(len(group)).repeat_interleave(torch.tensor(sizes)).to(log_prob.device)  # (V,)
     kernels = []
     for sxy, *srgb, weight in filter(None, (gaussian, bilateral)):

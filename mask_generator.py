@@ -10,12 +10,12 @@ A_m are the attention maps of all L * A heads, A_c2p the rows from class tokens 
 patches. Three image-level predictions follow (class tokens, pooled coarse, pooled fine), which the classification phase
 trains. fine is the CAM; it is never negative, and train_cam.region_masks scales it to the mask M in [0, 1) that CLIP judges.
 
-Details that the paper leaves open:
+Where the paper leaves it open, or this file departs from WeakTr (details 4 and 5 are train_cam.py's):
     [detail 1] A_c2p is multiplied by the number of patches and the rows of A_p2p are divided by their sums, so that
                uniform attention changes nothing and the fine CAM has the scale of the coarse one at any image size.
     [detail 2] The pooled fine prediction uses coarse without relu: an absent class can then score below zero.
     [detail 3] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
-    [detail 6] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: no class dies.
+    [detail 6] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
 
 Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
 
@@ -187,7 +187,7 @@ class Rectify(torch.autograd.Function):
     def backward(ctx, gradient):
         x, = ctx.saved_tensors
         dead = x.amax(dim=(2, 3), keepdim=True) <= 0                                            # (B, K, 1, 1)
-        return gradient * ((x > 0) | dead & (gradient < 0))
+        return gradient * ((x > 0) | (dead & (gradient < 0)))
 
 
 class MaskGenerator(nn.Module):

@@ -38,6 +38,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ from tqdm import tqdm
 from clip_model import (
     CLIP_MEAN,
     CLIP_STD,
+    MAKE_ROOM,
     MODELS,
     OPENAI,
     InputError,
@@ -244,7 +246,7 @@ def read_coco(path, *wanted):
         try:
             write_file(cache, lambda temporary: np.savez_compressed(temporary, stamp=stamp, **arrays))
             break
-        except OSError:
+        except InputError:
             continue  # without a cache the next script reads the json again
     return {name: arrays[name] for name in wanted}
 
@@ -318,7 +320,7 @@ class Photos(DataSet):
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{table}: not readable ({error}); expected UTF-8 text, a row FILE,CLASS;CLASS a photo") from None
         for number, row in enumerate(rows):
-            cells = [cell.strip() for part in row for cell in part.replace("\t", ";").split(";")]
+            cells = [cell.strip().strip('"').strip() for part in row for cell in part.replace("\t", ";").split(";")]
             if not any(cells) or number == 0 and composed(cells[0]) not in self.files and "." not in cells[0]:
                 continue  # an empty line, or a header
             path = self.find(cells[0], f"{table}, line {number + 1}")
@@ -501,17 +503,21 @@ def sum_over_processes(value, device):
 
 
 def write_file(path, write):
-    """Call write(temporary path), then put the file in place: a killed run leaves the old file or none, never half."""
+    """Call write(temporary path), then put the file in place: a killed run leaves the old file or none, never half.
+
+    Raises InputError where the place is full or cannot be written to."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which PIL and numpy look at
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, where the disk is full
-        raise OSError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}){MAKE_ROOM}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_checkpoint(path, needs, remedy):
@@ -810,7 +816,7 @@ def score_backgrounds(clip, u_f, u_b, data, folder, device, rank, world, most=20
     kept ones do not read as the prompt [eq. 3]. Means over the pairs of up to `most` images, spread over the split. Looks at
     photos, labels and CAMs; at no mask."""
     total, pairs, R = torch.zeros(len(SCORES), dtype=torch.float64), 0, clip.resolution
-    names = data.names[::max(1, len(data.names) // most)][:most]
+    names = data.names[::-(-len(data.names) // most)]
     for name in tqdm(names[rank::world], desc="background score", disable=None if rank == 0 else True):
         k = torch.from_numpy(data.labels(name)).nonzero()[:, 0].to(device)                      # (n,)
         if len(k) == 0:
@@ -958,7 +964,7 @@ def main(args):
                 values["loss"] = values["match"]
                 if phase == "refine":
                     values["refine"] = refine_loss(v_f, u_b[k])
-                    values["loss"] = values["match"] + args.lambda_r * values["refine"]         # L_total
+                    values["loss"] = values["match"] + args.lambda_r * values["refine"]  # L_total  [eq. 3]
                 return values, len(k)
 
             train(phase, model, views, mask_losses, adamw(model, args.lr), args, **begin)

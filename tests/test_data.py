@@ -195,7 +195,7 @@ def test_cache_in_the_users_folder_where_the_data_cannot_be_written(tmp_path, mo
 
     def read_only(path, how):
         if any(folder in Path(path).parents for folder in refused):
-            raise PermissionError(f"{path}: read-only")
+            raise InputError(f"{path}: read-only")
         write(path, how)
     monkeypatch.setattr(train_cam, "write_file", read_only)
     Data(root, "train")
@@ -361,7 +361,8 @@ def photos_root(root, table, files=("a.jpg", "b.JPG", "c.PNG"), classes="cat\ndo
     "a.jpg,cat\nb.JPG,cat;dog\nc.PNG,\n", "file,classes\na.jpg,cat\nb.JPG,dog;cat\nc.PNG\n", "a,cat\nb,cat,dog\nc\n",
     "a.jpg;cat\r\nb.JPG;cat;dog\r\nc.PNG;\r\n", ' "a.jpg" , "cat"\n"b.JPG","cat; dog"\n\nc.PNG,\n',
     "b.JPG,cat\nb.JPG,dog\na.jpg,cat\nc.PNG,\n",
-    "\ufeffa.jpg,cat\nb.JPG,cat ; dog\nc.PNG, ,\n", "file\tclasses\na.jpg\tcat\nb.JPG\tcat\tdog\nc.PNG\t\n"])
+    "\ufeffa.jpg,cat\nb.JPG,cat ; dog\nc.PNG, ,\n", "file\tclasses\na.jpg\tcat\nb.JPG\tcat\tdog\nc.PNG\t\n",
+    '"a.jpg";"cat"\n"b.JPG";"cat";"dog"\n"c.PNG"\n'])
 def test_tables_of_labels_as_people_write_them(table, tmp_path):
     data = Data(photos_root(tmp_path, table), "train")
     assert data.names == ["a", "b", "c"] and data.classes == ["cat", "dog"] and data.words == ["cat", "puppy"]

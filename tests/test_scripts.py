@@ -426,7 +426,7 @@ def test_exit_code_of_the_process(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 @pytest.mark.parametrize("fill", [
-    lambda file: torch.save({"weights": torch.zeros(9999)}, file), lambda file: file.write(bytes(9999)),
+    lambda file: torch.save({"weights": torch.zeros(9999)}, file.name), lambda file: file.write(bytes(9999)),
     lambda file: Image.new("L", (99, 99)).save(file, "png")], ids=["checkpoint", "bytes", "png"])
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(fill, tmp_path, capsys):
     """A device that takes no byte stands for the disk that is full halfway through the file."""
