@@ -10,17 +10,17 @@ A_m are the attention maps of all L * A heads, A_c2p the rows from class tokens 
 patches. Three image-level predictions follow (class tokens, pooled coarse, pooled fine), which the classification phase
 trains. fine is the CAM; it is never negative, and train_cam.region_masks scales it to the mask M in [0, 1) that CLIP judges.
 
-Where the paper leaves it open, or this file departs from WeakTr (details 4 and 5 are train_cam.py's):
+Where the paper leaves it open, or this file departs from WeakTr:
     [detail 1] A_c2p is multiplied by the number of patches and the rows of A_p2p are divided by their sums, so that
                uniform attention changes nothing and the fine CAM has the scale of the coarse one at any image size.
     [detail 2] The pooled fine prediction uses coarse without relu: an absent class can then score below zero.
     [detail 3] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
-    [detail 6] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
+    [detail 4] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
 
 Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
 
-    python mask_generator.py --vit deit_small_patch16_224-cd65a155.pth          # prints what the file holds
-    python mask_generator.py --vit deit_tiny_patch16_224.pth --image photo.jpg  # and its five ImageNet classes
+    python mask_generator.py                                     # downloads DeiT-S once and prints what the file holds
+    python mask_generator.py --vit deit_tiny --image photo.jpg   # and its five ImageNet classes
 """
 import argparse
 
@@ -29,12 +29,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import transforms
 
-from clip_model import InputError, read_image, run
+from clip_model import InputError, Linear, fetch_weights, read_image, run
 
 # Dimension key: B images, K classes, H W pixels, h w patch grid, L layers, A heads, D ViT width, T tokens (K + h*w).
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEAD_WIDTH = 64  # channels of one attention head, the same in every DeiT
+DEIT = "https://dl.fbaipublicfiles.com/deit/"
+VITS = {"deit_tiny": "deit_tiny_patch16_224-a1311bcf.pth", "deit_small": "deit_small_patch16_224-cd65a155.pth",
+        "deit_base": "deit_base_patch16_224-b5f2ef4d.pth"}  # named by the head of their SHA-256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,11 +45,13 @@ HEAD_WIDTH = 64  # channels of one attention head, the same in every DeiT
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
+    """A_m = softmax(q k^T / sqrt(64)) for every head m; what it writes is A_m v, all heads side by side, times a matrix."""
+
     def __init__(self, width):
         super().__init__()
         self.heads = width // HEAD_WIDTH
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x, with_maps):
         """x (B, T, D) -> (B, T, D); with_maps: also the maps (B, A, T, T) and the mean head features (B, A, D/A)."""
@@ -61,12 +66,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """x <- x + attention(norm(x));  x <- x + MLP(norm(x)),  MLP(z) = W_2 gelu(W_1 z)"""
+
     def __init__(self, width):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, 4 * width), "fc2": Linear(4 * width, width)})
 
     def forward(self, x, with_maps=False):
         y, maps, features = self.attn(self.norm1(x), with_maps)
@@ -75,11 +82,14 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A DeiT of any size. grid is (h, w) of the position embeddings, not of the images: those may have any size."""
+    """A DeiT of any size. grid is (h, w) of the position embeddings, not of the images: those may have any size.
+
+    .sizes holds what ViT(**sizes) needs to build the same trunk, without the checkpoint's own classes, as plain types."""
 
     def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), num_classes=0):
         super().__init__()
-        self.patch, self.width, self.grid = patch, width, grid
+        self.patch, self.width, self.grid = patch, width, tuple(grid)
+        self.sizes = {"patch": patch, "width": width, "layers": layers, "grid": list(grid)}
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], width) * 0.02)
@@ -125,14 +135,16 @@ class ViT(nn.Module):
 
 
 def load_vit(path):
-    """Read a DeiT checkpoint ({"model": state dict} or a bare state dict, timm's names) into a ViT, in float32.
+    """A name of VITS (downloaded once) or a DeiT checkpoint ({"model": state dict} or a bare state dict, timm's names) -> ViT.
 
-    patch, width, depth and grid come from the shapes; every key is used. Raises InputError for anything else."""
+    float32; patch, width, depth and grid come from the shapes; every key is used. Raises InputError for anything else."""
+    if path in VITS:
+        path = fetch_weights(DEIT + VITS[path], VITS[path][-12:-4])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a DeiT checkpoint such as deit_small_patch16_224-cd65a155.pth; "
-                         "pass its path with --vit") from None
+        raise InputError(f"{path}: no such file; expected a DeiT checkpoint, or one of {', '.join(VITS)}, which are downloaded; "
+                         "pass it with --vit") from None
     except Exception as error:
         raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected a DeiT "
                          "checkpoint; download it again") from None
@@ -159,7 +171,7 @@ def load_vit(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class AttentionFusion(nn.Module):
-    """One weight in (0, 1) per attention head and image, from what that head writes.   [eq. W2]"""
+    """A = mean_m w_m A_m,  w = sigmoid(MLP(head features)): a weight in (0, 1) for every head of every image.   [eq. W2]"""
 
     def __init__(self, num_maps, reduction=4):
         super().__init__()
@@ -174,7 +186,7 @@ class AttentionFusion(nn.Module):
 
 
 class Rectify(torch.autograd.Function):
-    """relu of maps (B, K, h, w); one that is zero everywhere still passes back the gradient that would raise it. [detail 6]
+    """relu of maps (B, K, h, w); one that is zero everywhere still passes back the gradient that would raise it. [detail 4]
 
     With a plain relu a class whose map has sunk to zero in all its images would get no gradient any more, and stay there."""
 
@@ -191,7 +203,9 @@ class Rectify(torch.autograd.Function):
 
 
 class MaskGenerator(nn.Module):
-    """S: X (B, 3, H, W) -> CAMs (B, K, h, w), with the three image-level predictions that train it."""
+    """S: X (B, 3, H, W) -> CAMs (B, K, h, w), with the three image-level predictions that train it.
+
+        coarse = conv3x3(patch tokens)  [eq. W1]      fine = A_p2p (A_c2p * relu(coarse))  [eq. W3]"""
 
     def __init__(self, vit, num_classes, class_attention=True):
         super().__init__()
@@ -202,40 +216,35 @@ class MaskGenerator(nn.Module):
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
         self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH)
 
-    def mask_parameters(self):
-        """What (a) and (c) train: the head and the fusion. The trunk and the class tokens stay."""
-        return [*self.head.parameters(), *self.fusion.parameters()]
+    def freeze_trunk(self):
+        """Matching and refinement train the head and the fusion only; trunk and class tokens stay. Returns self."""
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.fusion.requires_grad_(True)
+        return self
 
-    def look(self, image):
-        """image (B, 3, H, W) ImageNet-normalised -> what the trunk sees: tokens (B, K + h*w, D), maps (B, L*A, T, T),
-        head features (B, L*A, 64) and the grid (h, w)."""
-        tokens, grid, maps, features = self.trunk(image, self.class_tokens, with_maps=True)
-        return tokens, maps, features, grid
-
-    def answer(self, tokens, maps, features, grid):
-        """What `look` returned -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled coarse and
-        pooled fine."""
-        K, (h, w) = self.num_classes, grid
+    def forward(self, image):
+        """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled
+        coarse and pooled fine."""
+        tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, with_maps=True)
+        K = self.num_classes
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
         fused = self.fusion(maps, features)                                     # [eq. W2]      # (B, T, T)
         c2p = fused[:, :K, K:] * (h * w) if self.class_attention else 1         # [detail 1, 3] # (B, K, h*w)
         p2p = fused[:, K:, K:]
         p2p = p2p / p2p.sum(dim=2, keepdim=True)                                                # (B, h*w, h*w)
         spread = lambda maps: (c2p * maps.flatten(2)) @ p2p.transpose(1, 2)     # [eq. W3]      # noqa: E731
-        cam = spread(Rectify.apply(coarse)).unflatten(2, (h, w))                # [detail 6]    # (B, K, h, w)
+        cam = spread(Rectify.apply(coarse)).unflatten(2, (h, w))                # [detail 4]    # (B, K, h, w)
         logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), spread(coarse).mean(dim=2)])
         return cam, logits
-
-    def forward(self, image=None, seen=None):
-        """image (B, 3, H, W), or seen, what `look` made of it: then no gradient reaches the trunk. Returns as `answer`."""
-        return self.answer(*(seen or self.look(image)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Shows what a DeiT checkpoint holds, and what it sees in a photo.")
-    parser.add_argument("--vit", required=True, metavar="CKPT", help="DeiT checkpoint in its official format")
+    parser.add_argument("--vit", default="deit_small", metavar="CKPT", help="a DeiT checkpoint in its official format, or a name "
+                        f"to download once: {', '.join(VITS)} (default: %(default)s)")
     parser.add_argument("--image", metavar="FILE", help="a photo to classify with the checkpoint's own ImageNet head")
     return parser.parse_args(argv)
 

@@ -1,15 +1,16 @@
-"""What each part of the method is worth, on toy worlds of three seeds. Runs unattended for about an hour; goes on if started again.
+"""What each part of the method is worth, on toy worlds of three seeds. An hour or two, unattended; started again, it goes on.
 
     python tests/ablation.py --out runs/ablation                # trains, then prints the table and draws OUT/ablation.png
     nohup python tests/ablation.py > ablation.log &             # in the background
 
-A row changes one thing of the demo's recipe (tests/demo.py) and trains the phases from there on; those before it are trained
+A row changes one thing of the toy recipe (train_cam.RECIPES) and trains the phases from there on; those before it are trained
 once a seed (`chain`) and shared by the rows.
 Columns: mIoU of the CAMs on the train split, cut at the background score that is chosen without masks; the best mIoU of
 any score, found with the masks, for comparison; and how many of the six prompts have their own background as the nearest
 word. Mean and standard deviation over the seeds, of data and training both.
 """
 import argparse
+import copy
 import json
 import shlex
 import shutil
@@ -22,24 +23,24 @@ import torch
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import toy_world  # noqa: E402
-from demo import FLAGS  # noqa: E402
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "prepare")]
+import toy  # noqa: E402
 
 import eval  # noqa: E402
 import train_cam  # noqa: E402
 from clip_model import load_clip, tokenize  # noqa: E402
-from train_cam import PHASES, write_file  # noqa: E402
+from train_cam import PHASES, RECIPES, write_file  # noqa: E402
 
-TRAINING = {phase: train_cam.parse_args(["--data", "", "--out", "", *FLAGS[phase].split()]) for phase in PHASES}  # the recipe
+TOY = copy.deepcopy(RECIPES["toy"])
 
 
 class Row(NamedTuple):
     title: str
     scored: str = "refine"  # the phase whose CAMs are scored
     own: str = ""  # the first phase it trains for itself; "words": refine, with prompts that are written; "": none, it is the chain
-    flags: str = ""  # of its own phases
-    world: str = ""  # flags of tests/toy_world.py
+    setting: str = ""  # of its own phases' recipe
+    value: object = None
+    world: str = ""  # flags of prepare/toy.py
 
 
 ROWS = [
@@ -47,12 +48,11 @@ ROWS = [
     Row("matching only", "match"),
     Row("the method"),
     Row("true background words", own="words"),
-    Row("L_T text-log", own="prompts", flags="--repel text-log"),
-    Row("L_T image", own="prompts", flags="--repel image"),
-    Row("L_T none", own="prompts", flags="--lambda-t 0"),
-    *(Row(f"prompt length {n}", own="prompts", flags=f"--prompt-length {n}") for n in (1, 4)),
-    *(Row(f"lambda_R x {x}", own="refine", flags=f"--lambda-r {x * TRAINING['refine'].lambda_r}") for x in (0.25, 0.5, 2, 4)),
-    *(Row(f"lambda_T x {x}", own="prompts", flags=f"--lambda-t {x * TRAINING['prompts'].lambda_t}") for x in (0.25, 0.5, 2, 4)),
+    *(Row(f"L_T {form}", own="prompts", setting="repel", value=form) for form in ("text-log", "image")),
+    Row("L_T none", own="prompts", setting="lambda_t", value=0),
+    *(Row(f"prompt length {n}", own="prompts", setting="length", value=n) for n in (1, 4)),
+    *(Row(f"lambda_R x {x}", own="refine", setting="lambda_r", value=x * TOY["refine"]["lambda_r"]) for x in (0.25, 0.5, 2, 4)),
+    *(Row(f"lambda_T x {x}", own="prompts", setting="lambda_t", value=x * TOY["prompts"]["lambda_t"]) for x in (0.25, 0.5, 2, 4)),
     *(Row(f"{title}, {name}", scored, world=world) for title, world in (
         *((f"co-occurrence {p} %", f"--cooccurrence {p / 100}") for p in (50, 80, 100)),
         ("other pairs", "--pairs boat:grass,cow:road,car:table,bottle:water"))
@@ -77,8 +77,8 @@ def call(script, *flags):
 def write_true_words(world, out):
     """OUT/prompts.pt whose prompts are the word embeddings of the classes' own backgrounds: u_b = E_T("a photo of water.")."""
     clip = load_clip(world / "clip.pt")
-    ids = tokenize(toy_world.BACKGROUNDS)[:, 1:2]  # one token each, behind the start token: (6, 1)
-    state = {"phase": "prompts", "classes": toy_world.OBJECTS, "vectors": clip.token_embedding(ids).detach()}
+    ids = tokenize(toy.BACKGROUNDS)[:, 1:2]  # one token each, behind the start token: (6, 1)
+    state = {"phase": "prompts", "classes": toy.OBJECTS, "vectors": clip.token_embedding(ids).detach()}
     write_file(out / "prompts.pt", lambda path: torch.save(state, path))
 
 
@@ -87,10 +87,11 @@ def run_row(row, seed, base, args):
     suffix = row.world.replace(" ", "")
     world, chain, out = base / f"world{suffix}", base / f"chain{suffix}", base / row.title.replace(" ", "_")
     if not (world / "vit.pth").is_file():  # the last file it writes
-        call(toy_world, f"--out {world} --seed {seed} --train {args.train} --val 1", row.world)
-    common = f"--data {world}/VOC2012 --clip {world}/clip.pt --vit {world}/vit.pth --seed {seed} --workers 0"
+        call(toy, f"--out {world} --seed {seed} --train {args.train} --val 1", row.world)
+    common = f"--data {world}/data --clip {world}/clip.pt --vit {world}/vit.pth --recipe toy --seed {seed} --workers 0"
+    RECIPES["toy"] = copy.deepcopy(TOY)
     for phase in PHASES:
-        call(train_cam, common, f"--out {chain} --phase {phase} --resume", FLAGS[phase])
+        call(train_cam, common, f"--out {chain} --phase {phase} --resume")
     folder = out if row.own else chain
     if row.own:
         out.mkdir(exist_ok=True)
@@ -100,15 +101,18 @@ def run_row(row, seed, base, args):
         if row.own == "words":
             write_true_words(world, out)
         for phase in PHASES[start:]:
-            call(train_cam, common, f"--out {out} --phase {phase} --resume", FLAGS[phase], row.flags)
-    call(train_cam, common, f"--out {folder} --scales 1 --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams")
-    call(eval, f"--data {world}/VOC2012 --split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
+            if row.setting in RECIPES["toy"][phase]:
+                RECIPES["toy"][phase][row.setting] = row.value
+            call(train_cam, common, f"--out {out} --phase {phase} --resume")
+    RECIPES["toy"]["export"]["scales"] = (1,)
+    call(train_cam, common, f"--out {folder} --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams")
+    call(eval, f"--data {world}/data --split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
     shutil.rmtree(out / "cams")
 
 
 def own_backgrounds(path, world):
     """prompts.txt -> for how many classes the nearest word is the class's own background in this world"""
-    pairs = toy_world.read_pairs(toy_world.parse_args(world.split()).pairs)
+    pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
     lines = [line.split(": ") for line in path.read_text().splitlines()]
     return sum(pairs[name] == words.split(", ")[0].rsplit(" ", 1)[0] for name, words in lines)
 

@@ -1,4 +1,4 @@
-"""The dense CRF against pydensecrf2: time, labels, memory; and the README's picture.
+"""The dense CRF against pydensecrf2: time, labels, memory; and the picture in docs/crf.md.
 
     python tests/bench.py crf                               # drawn scenes of 500x375 and 64x64
     python tests/bench.py crf --photos DIR --limit 3        # the first photos of a folder too, at 500x375
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from make_pseudo import PRESETS, dense_crf, dense_crf_batch, hard_unary  # noqa: E402
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "prepare")]
+from make_pseudo import PRESETS, dense_crf, hard_unary  # noqa: E402
 
 PEER = """
 import sys, time
@@ -169,26 +169,9 @@ def peak_memory(height, width, num_labels):
     return int(done.stdout) * 1024 / 1e9
 
 
-def gpu_throughput(num_images=88, height=375, width=500, num_labels=4):
-    """One line: images a second of dense_crf_batch on the GPU, and how far its labels are those of the CPU"""
-    images = [draw_scene(height, width, seed)[0].cuda() for seed in range(num_images)]
-    probs = [random_prob(height, width, num_labels, seed).cuda() for seed in range(num_images)]
-    seconds = []
-    for _ in range(4):  # the first is the warm-up
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        batch = dense_crf_batch(images, probs)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    same = [(Q.argmax(0).cpu() == dense_crf(image.cpu(), prob.cpu()).argmax(0)).float().mean().item()
-            for image, prob, Q in list(zip(images, probs, batch, strict=True))[:4]]
-    print(f"{torch.cuda.get_device_name()}, {width}x{height}, {num_labels} labels: {num_images / median(seconds[1:]):.0f} "
-          f"images/s, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, {100 * min(same):.4f} % of labels as on the CPU")
-
-
 def draw_farm(height=180, width=240, seed=0):
     """Two things of the toy world on a meadow, larger than there: cow 1, bird 2 -> image, labels as of draw_scene"""
-    from toy_world import PAINTERS, smooth_noise
+    from toy import PAINTERS, smooth_noise
     rng = np.random.default_rng(seed)
     rows = np.linspace(0, 1, height)[:, None, None]
     sky, meadow = np.array([120, 170, 215]) + 50 * rows, np.array([95, 160, 75]) - 45 * rows
@@ -265,8 +248,6 @@ def main(argv=None):
     peer.close()
     for H, W, C in [(375, 500, 3), (375, 500, 21)] + [(3000, 4000, 3)] * args.large:
         print(f"peak memory, {W}x{H}, {C} labels: {peak_memory(H, W, C):.2f} GB", flush=True)
-    if torch.cuda.is_available():
-        gpu_throughput()
 
 
 if __name__ == "__main__":

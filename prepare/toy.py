@@ -1,12 +1,12 @@
-"""The toy world: PASCAL VOC 2012 in miniature, with a small CLIP and a small pretrained ViT, made from a seed.
+"""The toy world: a data set like PASCAL VOC 2012 in miniature, a small CLIP and a small pretrained ViT, made from a seed.
 
-    python tests/toy_world.py --out runs/toy [--train 600] [--val 200] [--seed 0]
-    python tests/toy_world.py --retrain image text vit     # trains the committed weights again (about 20, 2 and 35 minutes)
+    python prepare/toy.py --out runs/toy [--train 600] [--val 200] [--seed 0]
+    python prepare/toy.py --retrain image text vit     # trains the committed weights again (about 20, 2 and 35 minutes)
 
 It carries the paper's story: objects nearly always stand on "their" background (boat on water, train on rails, ...),
 so image-level labels cannot tell the two apart, a classifier's CAM leaks, and the learned prompts must name what leaks.
-Writes OUT/VOC2012 (the VOC layout, JPEG photos, XML boxes, palette masks), OUT/clip.pt (OpenAI's state-dict layout) and
-OUT/vit.pth (DeiT's layout). The six scripts read these files like any others.
+Writes OUT/data (classes.txt, train.csv, val.csv, images/NAME.jpg, masks/NAME.png), OUT/clip.pt (OpenAI's state-dict layout)
+and OUT/vit.pth (DeiT's layout). The six scripts read these files like any others.
 
 S is the image side in pixels; a "thing" is an object or a background; things are numbered backgrounds first.
 """
@@ -24,9 +24,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize  # noqa: E402
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, InputError, read_nouns, run, tokenize  # noqa: E402
 from make_pseudo import write_labels  # noqa: E402
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, ViT  # noqa: E402
+from train_cam import write_file  # noqa: E402
 
 S = 64
 DRAW = 4 * S  # objects are drawn at four times the size and averaged down
@@ -197,36 +198,27 @@ def scene(rng, pairs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data set, in the VOC 2012 layout
+# The data set
 # ---------------------------------------------------------------------------------------------------------------------
 
-def write_voc(root, pairs, train, val, seed, cooccurrence):
+def write_data(root, pairs, train, val, seed, cooccurrence):
     """Write the data set. pairs maps each object to its usual background, where it stands in `cooccurrence` of the
-    scenes; elsewhere the background is drawn from all. Three scenes in ten show two objects."""
-    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / "classes.txt").write_text("".join(f"{name}\n" for name in OBJECTS))
+    scenes; elsewhere the background is drawn from all. Three scenes in ten show two objects. A class counts for a photo if at
+    least one of its pixels is seen there."""
+    write_file(root / "classes.txt", lambda path: path.write_text("".join(f"{name}\n" for name in OBJECTS)))
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("val", val)):
-        names = [f"{split}_{i:05d}" for i in range(count)]
-        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-        for name in tqdm(names, desc=f"toy {split}", disable=None):
+        rows = ""
+        for name in tqdm([f"{split}_{i:05d}" for i in range(count)], desc=f"toy {split}", disable=None):
             objects = rng.permutation(OBJECTS)[:2 if rng.random() < 0.3 else 1]
             image, parts = scene(rng, [(o, pairs[o] if rng.random() < cooccurrence else rng.choice(BACKGROUNDS))
                                        for o in objects])
-            Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
             truth = np.where(parts >= len(BACKGROUNDS), parts - len(BACKGROUNDS) + 1, 0).astype(np.uint8)
-            write_labels(root / "SegmentationClass" / f"{name}.png", truth)
-            boxes = ""
-            for o in objects:
-                ys, xs = np.nonzero(truth == 1 + OBJECTS.index(o))
-                if len(ys):
-                    boxes += (f"  <object><name>{o}</name><difficult>0</difficult><bndbox><xmin>{xs.min() + 1}</xmin>"
-                              f"<ymin>{ys.min() + 1}</ymin><xmax>{xs.max() + 1}</xmax><ymax>{ys.max() + 1}</ymax>"
-                              f"</bndbox></object>\n")
-            (root / "Annotations" / f"{name}.xml").write_text(
-                f"<annotation>\n  <filename>{name}.jpg</filename>\n  <size><width>{S}</width><height>{S}</height>"
-                f"<depth>3</depth></size>\n{boxes}</annotation>\n")
+            write_file(root / "images" / f"{name}.jpg",
+                       lambda path: Image.fromarray(image).save(path, quality=95, subsampling=0))
+            write_labels(root / "masks" / f"{name}.png", truth)
+            rows += f"images/{name}.jpg," + ";".join(o for i, o in enumerate(OBJECTS) if 1 + i in truth) + "\n"
+        write_file(root / f"{split}.csv", lambda path: path.write_text(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +409,7 @@ def train_vit(steps=4200, B=48):
     """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture?
 
     Pictures are views of untied scenes and, of each view, windows of 12 to 24 pixels with their own labels, all drawn for this,
-    none from the toy VOC. The answer must stand in a tenth of the patches, before and after the attention maps spread it; where
+    none from the data set. The answer must stand in a tenth of the patches, before and after the attention maps spread it; where
     a window shows a single thing, in all of them. And a patch must say in the view what it says in the window: what lies outside
     is not to matter. That keeps tokens and attention local, which in the paper is the work of ImageNet's pretraining. [CLS]
     learns nothing here.
@@ -464,7 +456,7 @@ def pack(clip, vit):
     used = rows.abs().sum(dim=1).nonzero()[:, 0]
     arrays |= {"rows": used.numpy(), "embeddings": rows[used].half().numpy()}
     arrays |= {f"vit/{k}": v.half().numpy() for k, v in vit.state_dict().items()}
-    np.savez_compressed(WEIGHTS, **arrays)
+    write_file(WEIGHTS, lambda path: np.savez_compressed(path, **arrays))
 
 
 def unpack():
@@ -483,7 +475,7 @@ def unpack():
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Makes the toy world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where VOC2012, clip.pt and vit.pth go")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where data/, clip.pt and vit.pth go")
     parser.add_argument("--train", type=int, default=600, help="training images")
     parser.add_argument("--val", type=int, default=200, help="validation images")
     parser.add_argument("--seed", type=int, default=0, help="of the images")
@@ -497,7 +489,11 @@ def parse_args(argv=None):
 
 def read_pairs(text):
     """"boat:grass,cow:road" -> {object: background} for all six; the objects left out share the backgrounds left over."""
-    given = dict(pair.split(":") for pair in text.split(",") if pair)
+    given = [pair.split(":") for pair in text.split(",") if pair]
+    if not all(len(pair) == 2 and pair[0] in OBJECTS and pair[1] in BACKGROUNDS for pair in given):
+        raise InputError(f"--pairs {text}: expected OBJECT:BACKGROUND,... like boat:grass,cow:road; objects: {', '.join(OBJECTS)}; "
+                         f"backgrounds: {', '.join(BACKGROUNDS)}; correct it")
+    given = dict(given)
     left = [b for b in BACKGROUNDS if b not in given.values()]
     pairs = {}
     for name, usual in zip(OBJECTS, BACKGROUNDS):
@@ -529,8 +525,7 @@ def main(args):
         pack(clip, vit)
         return
     pairs = read_pairs(args.pairs)
-    assert set(pairs) == set(OBJECTS) and set(pairs.values()) <= set(BACKGROUNDS), f"--pairs {args.pairs}"
-    write_voc(args.out / "VOC2012", pairs, args.train, args.val, args.seed, args.cooccurrence)
+    write_data(args.out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
     clip, vit = unpack()
     if pairs != usual:
         train_text_tower(clip, pairs, steps=600, peak=1e-3)
@@ -539,11 +534,17 @@ def main(args):
     print("what the small CLIP sees: the object and 0, 1/4, 1/2, 3/4, all of its background | half of the object, none of it")
     for name, row in zip(("as its class", "as its background"), table.tolist()):
         print(f"  reads {name:<18}" + "".join(f"{value:6.2f}" for value in row[:5]) + "  |" + "".join(f"{v:6.2f}" for v in row[5:]))
-    torch.save(clip.state_dict(), args.out / "clip.pt")
-    torch.save({"model": vit.state_dict()}, args.out / "vit.pth")
-    print(f"{args.out}: {args.train} training and {args.val} validation images, clip.pt, vit.pth; "
+    out = args.out
+    write_file(out / "clip.pt", lambda path: torch.save(clip.state_dict(), path))
+    write_file(out / "vit.pth", lambda path: torch.save({"model": vit.state_dict()}, path))
+    print(f"{out}: {args.train} training and {args.val} validation images, clip.pt, vit.pth; "
           + ", ".join(f"{o} on {b}" for o, b in pairs.items()))
+    print(f"""next:
+    python train_cam.py   --data {out}/data --recipe toy --clip {out}/clip.pt --vit {out}/vit.pth --out {out}/cam
+    python make_pseudo.py --data {out}/data --cams {out}/cam/cams --out {out}/masks
+    python train_seg.py   --data {out}/data --labels {out}/masks --recipe toy --vit {out}/vit.pth --out {out}/seg
+    python eval.py        --data {out}/data --split val --checkpoint {out}/seg/seg.pt""")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args())
