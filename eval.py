@@ -202,6 +202,7 @@ def check_flags(args):
              "--crf, --scales: of what a model predicts; expected --checkpoint seg.pt (CAMs: make_pseudo.py --crf)"),
             (not all(0 < scale < 10 for scale in args.scales or []),
              f"--scales {args.scales}: expected numbers above 0 and below 10"),
+            (args.columns and not args.strip, "--columns: of the picture strip; expected --strip FILE"),
             (any("=" not in column for column in args.columns),
              f"--columns {' '.join(args.columns)}: expected CAPTION=DIR, DIR a folder of CAMs or label PNGs")]:
         if wrong:

@@ -353,10 +353,11 @@ def background_score(choice, folder):
             raise InputError(f"--background-score {choice}: expected auto or a number in (0, 1), as CAMs have values in [0, 1]")
         return score, "given"
     path = Path(folder) / BACKGROUND
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, so nothing has chosen a background score for these CAMs; expected a number, "
-                         "--background-score 0.4; train_cam.py --phase export with --clip and OUT/prompts.pt would choose one")
-    return json.loads(path.read_text())["background_score"], "auto: as CLIP reads its masks best, no mask read"
+    try:
+        return json.loads(path.read_text())["background_score"], "auto: as CLIP reads its masks best, no mask read"
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{path}: no background score found, so nothing has chosen one for these CAMs; expected a number, "
+                         "--background-score 0.4; train_cam.py --phase export with --clip and OUT/prompts.pt chooses one") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

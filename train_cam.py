@@ -85,6 +85,7 @@ TABLE = {  # AdamW, weight decay 0.03. lr is the rate itself; steps are 60 epoch
     ("refine", "lr"):                (6.4e-5,      2.4e-7,         1e-3),
     ("refine", "lambda_b"):          (2.4,         0.75,           0.75),
     ("refine", "lambda_r"):          (0.05,        0.2,            1),
+    ("views", "crop"):               (224,         224,            64),           # side in pixels
     ("views", "min_area"):           (0.08,        0.08,           0.4),          # smallest crop, as a share of the photo
     ("views", "augment"):            (True,        True,           False),        # RandAugment and erasing, not in prompts
     ("export", "scales"):            ((1, 1.2),    (1, 0.8, 1.2),  (1, 1.2)),     # each with its mirror image
@@ -624,7 +625,6 @@ def main(args):
     needs_clip = phases != ["classify"] and (phases != ["export"] or (out / "prompts.pt").is_file())
     clip = load_clip(args.clip, device) if needs_clip else None
     u_f = class_texts(clip, split.words, device) if clip else None                              # (K, E)
-    side = clip.resolution if clip else 224
 
     # ------------------------------------------------------------------------------------------ train
     for phase in [phase for phase in phases if phase != "export"]:
@@ -652,7 +652,7 @@ def main(args):
             u_b = load_prompts(out / "prompts.pt", clip, split.classes)                         # (K, E)
             step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=u_b, lambda_b=recipe["lambda_b"], lambda_r=recipe["lambda_r"])
 
-        crops = Crops(split, side, args.seed, recipe["min_area"], recipe["augment"] and phase != "prompts")
+        crops = Crops(split, recipe["crop"], args.seed, recipe["min_area"], recipe["augment"] and phase != "prompts")
         trunk, rest = ([p for name, p in model.named_parameters() if p.requires_grad and name.startswith("trunk.") == of_trunk]
                        for of_trunk in (True, False))
         lr = recipe["lr"]

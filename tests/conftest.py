@@ -52,7 +52,7 @@ def toy(tmp_path_factory):
     """data/ with 12 + 4 images, clip.pt, vit.pth; the first image of either split is cut to 37 x 50 pixels. Read-only for tests."""
     world = tmp_path_factory.mktemp("toy")
     run_script("prepare/toy.py", "--out", world, "--train", 12, "--val", 4)
-    for path in (f"{folder}/{split}_00000.{kind}" for folder, kind in (("images", "jpg"), ("masks", "png")) for split in ("train", "val")):
+    for path in ("images/train_00000.jpg", "masks/train_00000.png", "images/val_00000.jpg", "masks/val_00000.png"):
         with Image.open(world / "data" / path) as picture:
             picture.load()
         picture.crop((5, 20, 55, 57)).save(world / "data" / path)

