@@ -136,7 +136,6 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("no labels", lambda w: w.png.unlink(), "", "{w.png}: no readable label image"),
         ("cut labels", lambda w: cut(w.png, 100), "", "{w.png}: no readable label image"),
         ("labels of another size", lambda w: resize(w.png), "", "{w.png}: 20x30 (height x width), its photo is 37x50"),
-        ("the same, seen by a worker process", lambda w: resize(w.png), "--workers 1", "{w.png}: 20x30"),
         ("labels of another class list", lambda w: relabel(w.png), "", "{w.png}: holds label 200; expected 0 to 6 or 255"),
         ("labels in colour", lambda w: Image.new("RGB", (50, 37)).save(w.png), "", "{w.png}: mode RGB; expected class numbers"),
         ("cut photo", lambda w: cut(w.jpg), "", "{w.jpg}: not a readable image"),
