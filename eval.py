@@ -17,6 +17,7 @@ any photos, with the classes of the checkpoint.
 import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from clip_model import InputError, read_image, run
 from make_pseudo import PALETTE, PRESETS, background_score, dense_crf, read_cams, read_labels, score_labels, write_labels
-from train_cam import Split, check_classes, end_processes, scaled_input, start_processes, sum_over_processes, write_file
+from train_cam import Split, autocast, check_classes, end_processes, scaled_input, start_processes, sum_over_processes, write_file
 from train_seg import load_segmenter
 
 # Dimension key: K classes, C = K + 1 labels, H W pixels.
@@ -72,29 +73,45 @@ def iou(matrix):
 # Prediction
 # ---------------------------------------------------------------------------------------------------------------------
 
+def slide(model, x, window, stride):
+    """x (1, 3, H, W) -> scores (1, C, H, W), means over windows `stride` pixels apart, the last ones flush with the border"""
+    H, W = x.shape[2:]
+    h, w = min(window, H), min(window, W)
+    total, seen = 0, x.new_zeros(1, 1, H, W)
+    for top, left in product([*range(0, H - h, stride), H - h], [*range(0, W - w, stride), W - w]):
+        around = (left, W - w - left, top, H - h - top)
+        total = total + F.pad(model(x[:, :, top:top + h, left:left + w]), around)
+        seen += F.pad(x.new_ones(1, 1, h, w), around)
+    return total / seen
+
+
 @torch.no_grad()
-def predict(model, photo, scales, flip, device):
-    """PIL photo -> probabilities (C, H, W): mean of the softmax over scales and mirror images."""
+def predict(model, photo, recipe, flip, device):
+    """PIL photo -> probabilities (C, H, W): mean of the softmax over scales and mirror images, as the recipe's test_* say."""
     W, H = photo.size
+    short, window = min(H, W), recipe["test_window"]
     total, passes = 0, 0
-    for scale in scales:
-        x = scaled_input(photo, scale, model.trunk.patch).to(device)
+    for scale in recipe["test_scales"]:
+        x = scaled_input(photo, max(scale * recipe["side"], window or 0) / short, model.trunk.patch).to(device)
         for mirrored in ((False, True) if flip else (False,)):
-            scores = model(x.flip(3) if mirrored else x)
+            view = x.flip(3) if mirrored else x
+            with autocast(device, "auto"):
+                scores = slide(model, view, window, recipe["test_stride"]) if window else model(view)
             scores = scores.flip(3) if mirrored else scores                                     # (1, C, h, w)
             total = total + F.interpolate(scores, size=(H, W), mode="bilinear", align_corners=False)[0].softmax(dim=0)
             passes += 1
     return total / passes                                                                       # (C, H, W)
 
 
-def predict_labels(model, photo, scales, flip, crf, device):
-    """PIL photo -> labels uint8 (H, W) of the model, sharpened by the CRF with the kernels of the preset `crf`"""
+def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):
+    """PIL photo -> labels uint8 (H, W) of the model, of those in ids, sharpened by the CRF of the recipe's test_crf."""
     view = photo.copy()
     view.thumbnail((LARGEST, LARGEST))                                                          # smaller ones stay as they are
-    prob = predict(model, view, scales, flip, device)
-    if crf != "none":
-        prob = dense_crf(torch.from_numpy(np.array(view)), prob, PRESETS[crf]["gaussian"], PRESETS[crf]["bilateral"])
-    labels = Image.fromarray(prob.argmax(0).cpu().numpy().astype(np.uint8))
+    prob = predict(model, view, recipe, flip, device)[ids]                                      # (len(ids), h, w)
+    if recipe["test_crf"] != "none":
+        preset = PRESETS[recipe["test_crf"]]
+        prob = dense_crf(torch.from_numpy(np.array(view)), prob, preset["gaussian"], preset["bilateral"])
+    labels = Image.fromarray(np.arange(256, dtype=np.uint8)[ids][prob.argmax(0).cpu().numpy()])
     return np.array(labels.resize(photo.size, Image.NEAREST))
 
 
@@ -171,6 +188,8 @@ def parse_args(argv=None):
                       "masks; auto: what the export of train_cam.py chose; no mask is read for it")
     what.add_argument("--oracle-sweep", action="store_true",
                       help="--cams: also the best background score, FOUND WITH THE MASKS: for analysis, not for results")
+    what.add_argument("--present-only", action="store_true", help="--checkpoint: only background and the classes that "
+                      "the csv says a photo shows, as published scores of masks on train have it")
     what.add_argument("--scales", type=float, nargs="+", help="--checkpoint: image scales, averaged (default: the recipe's)")
     what.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="--checkpoint: mirror images too")
     what.add_argument("--crf", choices=list(PRESETS), help="--checkpoint: dense CRF, this preset's kernels (default: the recipe's)")
@@ -215,7 +234,8 @@ def main(args):
     quiet = None if rank == 0 else True
     if args.checkpoint:
         model, recipe, classes = load_segmenter(args.checkpoint)
-        model, scales, crf = model.to(device), args.scales or recipe["test_scales"], args.crf or recipe["test_crf"]
+        model = model.to(device)
+        recipe |= {"test_scales": args.scales or recipe["test_scales"], "test_crf": args.crf or recipe["test_crf"]}
 
     # ------------------------------------------------------------------------------------------ any photos
     if args.images:
@@ -223,12 +243,12 @@ def main(args):
         names = {path.stem for path in paths}
         if len(names) < max(1, len(paths)):
             raise InputError(f"{args.images}: {len(paths)} photos, {len(names)} names before the dot; expected one "
-                             f"photo or more that end in {' '.join(sorted(PHOTOS))}, with unlike names, by which masks are named; rename or add some")
+                             f"photo or more that end in {' '.join(sorted(PHOTOS))}, with unlike names; masks have their names")
         if Path(args.save).resolve() == Path(args.images).resolve():
             raise InputError(f"{args.save}: holds the photos, which would be overwritten; expected another folder to --save in")
         for path in tqdm(paths[rank::world], desc="predict", disable=quiet):
             photo = read_image(path)
-            labels = predict_labels(model, photo, scales, args.flip, crf, device)
+            labels = predict_labels(model, photo, recipe, args.flip, device)
             write_labels(Path(args.save) / f"{path.stem}.png", labels)
             write_file(Path(args.save) / f"overlays/{path.stem}.jpg", overlay(np.asarray(photo), labels).save)
         if rank == 0:
@@ -257,7 +277,8 @@ def main(args):
         if args.pred:
             return [read_labels(f"{args.pred}/{name}.png", size, C)]
         if args.checkpoint:
-            return [predict_labels(model, split.image(name), scales, args.flip, crf, device)]
+            ids = [0, *(1 + np.flatnonzero(split.labels[name]))] if args.present_only else slice(None)
+            return [predict_labels(model, split.image(name), recipe, args.flip, device, ids)]
         present = np.flatnonzero(split.labels[name])
         cams = read_cams(args.cams, name, present, size or split.image(name).size[::-1])
         return [score_labels(cams, present, score) for score in tries]
@@ -296,7 +317,8 @@ def main(args):
 
     # ------------------------------------------------------------------------------------------ report
     what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
-    tested = f", scales {scales}, flip {args.flip}, CRF {crf}" if args.checkpoint else ""
+    tested = (f", scales {recipe['test_scales']}, flip {args.flip}, CRF {recipe['test_crf']}"
+              + ", present classes only" * args.present_only) if args.checkpoint else ""
     if not scored:
         print(f"{args.save}: masks of {len(split.names)} photos of {args.split}{tested}; not scored, there are no true ones")
         return
@@ -307,7 +329,7 @@ def main(args):
               "background_score": tries[0], "background_score_chosen": chosen,
               "crf": "none" if args.cams else "as in the files", "scales": None, "flip": None}
     if args.checkpoint:
-        result |= {"crf": crf, "scales": scales, "flip": args.flip}
+        result |= {"crf": recipe["test_crf"], "scales": recipe["test_scales"], "flip": args.flip, "present_only": args.present_only}
     for name, value in result["iou"].items():
         print(f"{name:>16}  {'  absent' if value is None else f'{value:8.2f}'}")
     print(f"{'mIoU':>16}  {result['miou']:8.2f}   {what} {result['source']} on {len(split.names)} images of {args.split}"

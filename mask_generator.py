@@ -8,14 +8,10 @@ The paper takes its generator from WeakTr: a DeiT trunk with one class token per
 
 A_m are the attention maps of all L * A heads, A_c2p the rows from class tokens to patches, A_p2p those from patches to
 patches. Three image-level predictions follow (class tokens, pooled coarse, pooled fine), which the classification phase
-trains. fine is the CAM; it is never negative, and train_cam.region_masks scales it to the mask M in [0, 1) that CLIP judges.
-
-Where the paper leaves it open, or this file departs from WeakTr:
-    [detail 1] A_c2p is multiplied by the number of patches and the rows of A_p2p are divided by their sums, so that
-               uniform attention changes nothing and the fine CAM has the scale of the coarse one at any image size.
-    [detail 2] The pooled fine prediction uses coarse without relu: an absent class can then score below zero.
-    [detail 3] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
-    [detail 4] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
+trains; the fine one trains the fusion alone. Class tokens and patch tokens are read before the trunk's last norm. fine is the
+CAM, never negative; train_cam.region_masks scales it to the mask M in [0, 1) that CLIP judges. All as in WeakTr, but for two:
+    [detail 1] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
+    [detail 2] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
 
 Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
 
@@ -28,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import transforms
+from torchvision.ops import stochastic_depth
 
 from clip_model import InputError, Linear, fetch_weights, read_image, run
 
@@ -54,7 +51,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x, with_maps):
-        """x (B, T, D) -> (B, T, D); with_maps: also the maps (B, A, T, T) and the mean head features (B, A, D/A)."""
+        """x (B, T, D) -> (B, T, D); with_maps: also the maps (B, A, T, T)."""
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)      # each (B, A, T, 64)
         if with_maps:
@@ -62,23 +59,30 @@ class Attention(nn.Module):
             x = maps @ v
         else:
             maps, x = None, F.scaled_dot_product_attention(q, k, v)                             # (B, A, T, 64)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D)), maps, x.mean(dim=2)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D)), maps
 
 
 class Block(nn.Module):
-    """x <- x + attention(norm(x));  x <- x + MLP(norm(x)),  MLP(z) = W_2 gelu(W_1 z)"""
+    """x <- x + attention(norm(x));  x <- x + MLP(norm(x)),  MLP(z) = W_2 gelu(W_1 z)
 
-    def __init__(self, width):
+    In training both terms lose a share `dropout` of their values, and are left out for a share `drop_path` of the images."""
+
+    def __init__(self, width, drop_path=0.0, dropout=0.0):
         super().__init__()
+        self.drop_path, self.dropout = drop_path, dropout
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": Linear(width, 4 * width), "fc2": Linear(4 * width, width)})
 
+    def drop(self, y):
+        return stochastic_depth(F.dropout(y, self.dropout, self.training), self.drop_path, "row", self.training)
+
     def forward(self, x, with_maps=False):
-        y, maps, features = self.attn(self.norm1(x), with_maps)
-        x = x + y
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), maps, features
+        """x (B, T, D) -> (B, T, D), the maps (B, A, T, T) and what the heads wrote (B, T, A, 64)"""
+        y, maps = self.attn(self.norm1(x), with_maps)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))), maps, y.unflatten(2, (-1, HEAD_WIDTH))
 
 
 class ViT(nn.Module):
@@ -86,14 +90,14 @@ class ViT(nn.Module):
 
     .sizes holds what ViT(**sizes) needs to build the same trunk, without the checkpoint's own classes, as plain types."""
 
-    def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), num_classes=0):
+    def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), num_classes=0, drop_path=0.0):
         super().__init__()
         self.patch, self.width, self.grid = patch, width, tuple(grid)
         self.sizes = {"patch": patch, "width": width, "layers": layers, "grid": list(grid)}
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, drop_path * i / max(1, layers - 1)) for i in range(layers))  # from 0 up
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if num_classes else None
 
@@ -106,12 +110,12 @@ class ViT(nn.Module):
             pos = F.interpolate(pos, size=(h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
         return pos
 
-    def forward(self, image, class_tokens=None, with_maps=False):
+    def forward(self, image, class_tokens=None, pool=None):
         """image (B, 3, H, W) ImageNet-normalised; class_tokens (1, K, D) take the place of the one [CLS] token.
 
         An image whose sides are no multiples of the patch is padded below and at the right with the mean colour (0).
-        Returns tokens (B, K + h*w, D) after the last norm, class tokens first, and the grid (h, w);
-        with_maps also returns maps (B, L*A, T, T) and head features (B, L*A, 64)."""
+        Returns tokens (B, K + h*w, D) before the last norm, class tokens first, and the grid (h, w); with pool,
+        "max" or "mean", also the maps (B, L*A, T, T) and head features (B, L*A, 64): what the heads wrote, pooled over tokens."""
         B, _, H, W = image.shape
         image = F.pad(image, (0, -W % self.patch, 0, -H % self.patch))
         x = self.patch_embed["proj"](image)                                                     # (B, D, h, w)
@@ -121,20 +125,19 @@ class ViT(nn.Module):
         x = torch.cat([class_tokens.expand(B, -1, -1), x.flatten(2).transpose(1, 2) + self.position(h, w)], dim=1)
         all_maps, all_features = [], []
         for block in self.blocks:
-            x, maps, features = block(x, with_maps)                                             # (B, T, D)
+            x, maps, written = block(x, with_maps=pool is not None)                             # (B, T, D)
             all_maps.append(maps)
-            all_features.append(features)
-        x = self.norm(x)
-        if with_maps:
+            all_features.append(written.amax(dim=1) if pool == "max" else written.mean(dim=1))  # (B, A, 64)
+        if pool:
             return x, (h, w), torch.cat(all_maps, dim=1), torch.cat(all_features, dim=1)
         return x, (h, w)
 
     def classify(self, image):
         """Logits of the checkpoint's own classes, (B, num_classes)."""
-        return self.head(self(image)[0][:, 0])
+        return self.head(self.norm(self(image)[0][:, 0]))
 
 
-def load_vit(path):
+def load_vit(path, drop_path=0.0):
     """A name of VITS (downloaded once) or a DeiT checkpoint ({"model": state dict} or a bare state dict, timm's names) -> ViT.
 
     float32; patch, width, depth and grid come from the shapes; every key is used. Raises InputError for anything else."""
@@ -157,7 +160,8 @@ def load_vit(path):
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)  # DeiT's grids are square
     layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    vit = ViT(patch, width, layers, (side, side), state["head.weight"].shape[0] if "head.weight" in state else 0)
+    vit = ViT(patch, width, layers, (side, side), state["head.weight"].shape[0] if "head.weight" in state else 0,
+              drop_path)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
@@ -173,11 +177,11 @@ def load_vit(path):
 class AttentionFusion(nn.Module):
     """A = mean_m w_m A_m,  w = sigmoid(MLP(head features)): a weight in (0, 1) for every head of every image.   [eq. W2]"""
 
-    def __init__(self, num_maps, reduction=4):
+    def __init__(self, num_maps, reduction=8):
         super().__init__()
-        self.pool = nn.Sequential(nn.Linear(HEAD_WIDTH, 8), nn.ReLU(), nn.Linear(8, 1))
-        self.excite = nn.Sequential(nn.Linear(num_maps, max(1, num_maps // reduction)), nn.ReLU(),
-                                    nn.Linear(max(1, num_maps // reduction), num_maps), nn.Sigmoid())
+        self.pool = nn.Sequential(nn.Linear(HEAD_WIDTH, 8), nn.Linear(8, 1))
+        self.excite = nn.Sequential(nn.Linear(num_maps, max(1, num_maps // reduction), bias=False), nn.ReLU(),
+                                    nn.Linear(max(1, num_maps // reduction), num_maps, bias=False), nn.Sigmoid())
 
     def forward(self, maps, features):
         """maps (B, L*A, T, T), features (B, L*A, 64) -> fused attention (B, T, T)."""
@@ -186,7 +190,7 @@ class AttentionFusion(nn.Module):
 
 
 class Rectify(torch.autograd.Function):
-    """relu of maps (B, K, h, w); one that is zero everywhere still passes back the gradient that would raise it. [detail 4]
+    """relu of maps (B, K, h, w); one that is zero everywhere still passes back the gradient that would raise it. [detail 2]
 
     With a plain relu a class whose map has sunk to zero in all its images would get no gradient any more, and stay there."""
 
@@ -207,14 +211,15 @@ class MaskGenerator(nn.Module):
 
         coarse = conv3x3(patch tokens)  [eq. W1]      fine = A_p2p (A_c2p * relu(coarse))  [eq. W3]"""
 
-    def __init__(self, vit, num_classes, class_attention=True):
+    def __init__(self, vit, num_classes, class_attention=True, pool="max", reduction=8):
         super().__init__()
-        self.trunk, self.num_classes, self.class_attention = vit, num_classes, class_attention
-        vit.head = None  # its ImageNet classes are not ours
+        self.options = {"class_attention": class_attention, "pool": pool, "reduction": reduction}
+        self.trunk, self.num_classes, self.class_attention, self.pool = vit, num_classes, class_attention, pool
+        vit.head, vit.norm = None, nn.Identity()  # its ImageNet classes are not ours; S reads its tokens before that norm
         self.class_tokens = nn.Parameter((vit.cls_token + vit.pos_embed[:, :1]).detach().repeat(1, num_classes, 1))
         vit.cls_token.requires_grad_(False)  # replaced by the class tokens
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
-        self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH)
+        self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH, reduction)
 
     def freeze_trunk(self):
         """Matching and refinement train the head and the fusion only; trunk and class tokens stay. Returns self."""
@@ -226,17 +231,15 @@ class MaskGenerator(nn.Module):
     def forward(self, image):
         """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled
         coarse and pooled fine."""
-        tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, with_maps=True)
+        tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, self.pool)
         K = self.num_classes
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
-        fused = self.fusion(maps, features)                                     # [eq. W2]      # (B, T, T)
-        c2p = fused[:, :K, K:] * (h * w) if self.class_attention else 1         # [detail 1, 3] # (B, K, h*w)
-        p2p = fused[:, K:, K:]
-        p2p = p2p / p2p.sum(dim=2, keepdim=True)                                                # (B, h*w, h*w)
-        spread = lambda maps: (c2p * maps.flatten(2)) @ p2p.transpose(1, 2)     # [eq. W3]      # noqa: E731
-        cam = spread(Rectify.apply(coarse)).unflatten(2, (h, w))                # [detail 4]    # (B, K, h, w)
-        logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), spread(coarse).mean(dim=2)])
-        return cam, logits
+        A = self.fusion(maps.detach(), features.detach())                       # [eq. W2]      # (B, T, T)
+        A_c2p, A_p2p = A[:, :K, K:] if self.class_attention else 1, A[:, K:, K:]  # [detail 1]  # (B, K, h*w), (B, h*w, h*w)
+        refine = lambda c: (A_c2p * Rectify.apply(c).flatten(2)) @ A_p2p.transpose(1, 2)        # noqa: E731
+        fine = refine(coarse).unflatten(2, (h, w))                              # [eq. W3]      # (B, K, h, w)
+        logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), refine(coarse.detach()).mean(dim=2)])
+        return fine, logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ TABLE = {  # AdamW, weight decay 0.03. lr is the rate itself; steps are 60 epoch
     ("classify", "warmup"):          (825,         6_410,          0),            # steps from a rate of 1e-6 up to lr
     ("classify", "last_lr"):         (1e-5,        1e-5,           0),            # where the cosine ends; 0 in the other phases
     ("classify", "class_attention"): (True,        True,           False),        # A_c2p in [eq. W3]
+    ("classify", "pool"):            ("max",       "mean",         "max"),        # of the head features in [eq. W2]
+    ("classify", "reduction"):       (8,           4,              2),            # of the L*A channels in the middle of its MLP
     ("match", "steps"):              (9_900,       153_900,        304),
     ("match", "batch"):              (64,          32,             16),
     ("match", "lr"):                 (6.4e-5,      3.2e-7,         1e-3),
@@ -88,6 +90,7 @@ TABLE = {  # AdamW, weight decay 0.03. lr is the rate itself; steps are 60 epoch
     ("views", "crop"):               (224,         224,            64),           # side in pixels
     ("views", "min_area"):           (0.08,        0.08,           0.4),          # smallest crop, as a share of the photo
     ("views", "augment"):            (True,        True,           False),        # RandAugment and erasing, not in prompts
+    ("views", "drop_path"):          (0.1,         0.1,            0),            # not in prompts
     ("export", "scales"):            ((1, 1.2),    (1, 0.8, 1.2),  (1, 1.2)),     # each with its mirror image
 }
 RECIPES = {name: {phase: {key: row[i] for (of, key), row in TABLE.items() if of == phase} for phase, _ in TABLE}
@@ -152,7 +155,7 @@ def region_masks(cam, size, eps):
     """M = (m - min m) / (max m - min m + eps), m the CAM up-sampled to size (H, W): (N, h, w) -> (N, 1, H, W) in [0, 1)
 
     eps: 0.1 where S is trained, 1e-4 for the prompts, as in the official code; 1e-12 for the export."""
-    m = F.interpolate(cam[:, None], size=size, mode="bilinear", align_corners=False)            # (N, 1, H, W)
+    m = F.interpolate(cam[:, None].float(), size=size, mode="bilinear", align_corners=False)    # (N, 1, H, W)
     low, high = m.amin(dim=(2, 3), keepdim=True), m.amax(dim=(2, 3), keepdim=True)
     return (m - low) / (high - low + eps)
 
@@ -176,7 +179,8 @@ def embed_masked(clip, X, M):
 def embed_regions(clip, image, cam, labels, eps):
     """v^f, v^b (N, E) and the class k (N,) of every pair, in order of image, class.
 
-    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K). Only the maps of shown classes are touched."""
+    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K), on the CPU: so nothing waits for a GPU to tell which
+    pairs there are. Only the maps of shown classes are touched."""
     b, k = labels.nonzero(as_tuple=True)                                                        # (N,), (N,)
     M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)                        # (N, 1, R, R)
     return *embed_masked(clip, clip_view(clip, image)[b], M), k
@@ -203,14 +207,14 @@ class Prompts(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four phases: what one step minimises. A batch is image (B, 3, H, W), ImageNet-normalised, and labels (B, K);
+# The four phases: what one step minimises. A batch is image (B, 3, H, W), ImageNet-normalised, and labels (B, K) on the CPU;
 # returned are {name: scalar}, of which "loss" is minimised and all are logged, and how many things they are means over
 # ---------------------------------------------------------------------------------------------------------------------
 
 def classification(generator, image, labels):
     """loss = 1/3 sum_j mean_k -(y_k log σ(z_jk) + (1 - y_k) log σ(-z_jk)): multi-label soft margin of S's three predictions z"""
     _, (tokens, coarse, fine) = generator(image)                                                # (B, K) each
-    values = {name: F.multilabel_soft_margin_loss(z, labels) for name, z in
+    values = {name: F.multilabel_soft_margin_loss(z.float(), labels.to(image.device)) for name, z in
               (("tokens", tokens), ("coarse", coarse), ("fine", fine))}
     return {"loss": sum(values.values()) / 3, **values}, len(image)
 
@@ -255,7 +259,7 @@ def scaled_input(photo, scale, patch, most=8192):
 
 
 @torch.no_grad()
-def export_cams(generator, split, folder, scales, device, rank, world):
+def export_cams(generator, split, folder, scales, precision, device, rank, world):
     """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n shown classes in class order.
 
     Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class. All L*A attention
@@ -267,15 +271,16 @@ def export_cams(generator, split, folder, scales, device, rank, world):
         for scale in scales:
             x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(device)
             for flip in (False, True):
-                cam, _ = generator(x.flip(3) if flip else x)
-                cam = cam.flip(3) if flip else cam                                              # (1, K, h, w)
+                with autocast(device, precision):
+                    cam, _ = generator(x.flip(3) if flip else x)
+                cam = cam.float().flip(3) if flip else cam.float()                              # (1, K, h, w)
                 total = total + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)[0, present]
         maps = region_masks(total, quarter, eps=1e-12)[:, 0].cpu().numpy().astype(np.float16)    # (n, H/4, W/4)
         write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps))
 
 
 @torch.no_grad()
-def background_losses(clip, u_f, u_b, split, folder, device, rank, world, most=200):
+def background_losses(clip, u_f, u_b, split, folder, precision, device, rank, world, most=200):
     """{background score: loss} over SCORES: how well CLIP reads the hard regions that the score cuts from the exported CAMs.
 
     The loss is L_match [eq. 1] + L_refine [eq. 3], all three terms of weight 1, of the masks
@@ -292,7 +297,8 @@ def background_losses(clip, u_f, u_b, split, folder, device, rank, world, most=2
         cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()             # (n, H/4, W/4)
         cams = F.interpolate(cams[None], size=(R, R), mode="bilinear", align_corners=False)[0]  # (n, R, R)
         M = ((cams == cams.amax(0)) & (cams > cams.new_tensor(SCORES)[:, None, None, None])).float()  # (scores, n, R, R)
-        v_f, v_b = (v.unflatten(0, M.shape[:2]) for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
+        with autocast(device, precision):
+            v_f, v_b = (v.unflatten(0, M.shape[:2]) for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
         total += len(k) * torch.stack([match_loss(f, b, u_f[k], lambda_b=1) + refine_loss(f, u_b[k])
                                        for f, b in zip(v_f, v_b)]).cpu()
         pairs += len(k)
@@ -334,6 +340,9 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
     processes go to OUT/log.jsonl (images_per_s; gib, the most GPU memory so far), and all that --resume needs for an exact
     continuation to OUT/PHASE.part."""
     part, steps, start = Path(args.out) / f"{phase}.part", recipe["steps"], 0
+    if steps < 1 or recipe["batch"] < world:
+        raise InputError(f"{phase}: {steps} steps of {recipe['batch']} images for {world} processes; expected one or more, and "
+                         "an image or more for each process; change --steps or --batch")
     if args.resume and part.is_file():
         state = read_checkpoint(part, "optimizer", f"delete it to start {phase} again")
         check_recipe(part, state["recipe"], recipe)
@@ -343,17 +352,22 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
     n_images, interval = len(dataset), max(1, steps // 60)
     loader = DataLoader(dataset, batch_sampler=batches(n_images, recipe["batch"], start, steps, args.seed, rank, world),
                         num_workers=args.workers, pin_memory=device.type == "cuda")
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model.train()) if world > 1 else model.train()
+    mixed = autocast(device, args.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)  # its small gradients would vanish
     bar = tqdm(total=steps, initial=start, desc=phase, disable=None if rank == 0 else True)
     began, since_log = time.time(), []  # of every step since the last log line: its images, its values, its n
     for step, (image, labels, i) in enumerate(loader, start + 1):
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_000_003 + rank)  # of dropped paths: a resumed run drops the same
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * decay(step - 1)
-        values, n = step_loss(parallel, image.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        with mixed:
+            values, n = step_loss(parallel, image.to(device, non_blocking=True), labels)
         share = n * world / max(1, sum_over_processes(n, device)) if world > 1 else 1  # so that the mean runs over all n
         optimizer.zero_grad(set_to_none=True)
-        (values["loss"] * share).backward()
-        optimizer.step()
+        scaler.scale(values["loss"] * share).backward()
+        scaler.step(optimizer)
+        scaler.update()
         since_log.append((i, {name: value.detach() for name, value in values.items()}, n))
         bar.update()
         if step % interval and step < steps:
@@ -392,9 +406,17 @@ def log(out, row):
         file.write(json.dumps(row) + "\n")
 
 
+def autocast(device, precision):
+    """Matrix products in bfloat16 or float16, all else in float32. "auto": float32 on a CPU, bfloat16 on a GPU that has it."""
+    if precision == "auto":
+        precision = "float32" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
 def start_processes(device):
     """Join torchrun's process group if there is one. Returns (rank, number of processes, this process's device)."""
     device = pick_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
@@ -469,15 +491,15 @@ def check_recipe(path, before, now):
 
 def check_classes(path, state, classes):
     if state["classes"] != list(classes):
-        raise InputError(f"{path}: trained for the {len(state['classes'])} classes {', '.join(state['classes'][:4])}, ...; "
-                         f"the data has {len(classes)}: {', '.join(classes[:4])}, ...; pass the data it was trained for, or train again")
+        raise InputError(f"{path}: trained for {len(state['classes'])} classes, {', '.join(state['classes'][:4])}, ...; the "
+                         f"data has {len(classes)}: {', '.join(classes[:4])}, ...; pass the data it was trained for")
 
 
-def load_generator(path, classes, remedy="run the earlier phases first (--phase all runs them in order)"):
+def load_generator(path, classes, drop_path=0.0, remedy="run the earlier phases first (--phase all runs them in order)"):
     """A phase's checkpoint -> MaskGenerator in eval mode, on the CPU."""
     state = read_checkpoint(path, "generator", remedy)
     check_classes(path, state, classes)
-    generator = MaskGenerator(ViT(**state["vit"]), len(classes), state["class_attention"])
+    generator = MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])
     generator.load_state_dict(state["generator"])
     return generator.eval()
 
@@ -564,9 +586,9 @@ class Crops(Dataset):
         self.view = v2.Compose([
             v2.RandomResizedCrop(side, scale=(min_area, 1), interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
-            *([v2.RandAugment(magnitude=9)] if augment else []),
+            *([v2.RandomApply([v2.RandAugment(1, 9, 11)], 0.5)] * 2 if augment else []),  # level 9 of 10, as "m9"
             v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            *([v2.RandomErasing(0.25)] if augment else [])])
+            *([v2.RandomErasing(0.25, value="random")] if augment else [])])
 
     def __len__(self):
         return len(self.split.names)
@@ -600,6 +622,8 @@ def parse_args(argv=None):
     work.add_argument("--resume", action="store_true", help="keep finished phases, go on where a killed one stopped, same recipe")
     work.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     work.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    work.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                      help="of matrix products; auto: float32 on a CPU, bfloat16 on a GPU, float16 on one without it")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
     recipe = parser.add_argument_group("recipe (RECIPES has all of it), and what may be changed of it for the phases that run")
     recipe.add_argument("--recipe", choices=list(RECIPES), default="voc", help="hyper-parameters of all phases")
@@ -607,7 +631,6 @@ def parse_args(argv=None):
     recipe.add_argument("--batch", type=int, metavar="N", help="images per step, over all processes; rates are not scaled with it")
     recipe.add_argument("--lambda-b", type=float, metavar="X", help="background term of L_match; larger: bigger masks")
     recipe.add_argument("--lambda-r", type=float, metavar="X", help="L_refine; larger: tighter masks, too large: holes")
-    recipe.add_argument("--lambda-t", type=float, metavar="X", help="L_T; larger: prompts further from the class")
     recipe.add_argument("--repel", choices=["text", "text-log", "image"], help="what L_T pushes a prompt from: the class text, the "
                         "same unbounded, the kept region")
     return parser.parse_args(argv)
@@ -637,10 +660,11 @@ def main(args):
             continue
         torch.manual_seed(args.seed)
         if phase == "classify":
-            model = MaskGenerator(load_vit(args.vit), K, recipe["class_attention"]).to(device)
+            options = {key: recipe[key] for key in ("class_attention", "pool", "reduction")}
+            model = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K, **options).to(device)
             step_loss = classification
         elif phase == "match":
-            model = load_generator(out / "classify.pt", split.classes).freeze_trunk().to(device)
+            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).freeze_trunk().to(device)
             step_loss = partial(matching, clip=clip, u_f=u_f, lambda_b=recipe["lambda_b"])
         elif phase == "prompts":
             generator = load_generator(out / "match.pt", split.classes).to(device)
@@ -648,7 +672,7 @@ def main(args):
             step_loss = partial(prompt_learning, generator=generator, clip=clip, u_f=u_f, lambda_t=recipe["lambda_t"],
                                 repel=recipe["repel"])
         else:
-            model = load_generator(out / "classify.pt", split.classes).freeze_trunk().to(device)  # not match.pt: it starts afresh
+            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).freeze_trunk().to(device)
             u_b = load_prompts(out / "prompts.pt", clip, split.classes)                         # (K, E)
             step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=u_b, lambda_b=recipe["lambda_b"], lambda_r=recipe["lambda_r"])
 
@@ -657,7 +681,7 @@ def main(args):
                        for of_trunk in (True, False))
         lr = recipe["lr"]
         optimizer = torch.optim.AdamW([{"params": trunk, "peak": lr * recipe.get("trunk_lr", 1)}, {"params": rest, "peak": lr}],
-                                      weight_decay=0.03)
+                                      weight_decay=0.03, fused=device.type == "cuda")
         decay = partial(cosine_decay, steps=recipe["steps"], warmup=recipe.get("warmup", 0), first=1e-6 / lr,
                         last=recipe.get("last_lr", 0) / lr)
         train(phase, model, step_loss, crops, optimizer, decay, recipe, args, rank, world, device)
@@ -666,7 +690,7 @@ def main(args):
         if phase == "prompts":
             state["vectors"] = model.vectors.detach().cpu()
         else:
-            state |= {"generator": model.state_dict(), "vit": model.trunk.sizes, "class_attention": model.class_attention}
+            state |= {"generator": model.state_dict(), "vit": model.trunk.sizes, "options": model.options}
         if rank == 0:
             write_file(checkpoint, lambda path, state=state: torch.save(state, path))
             (out / f"{phase}.part").unlink(missing_ok=True)
@@ -680,15 +704,19 @@ def main(args):
         folder = Path(args.cams or out / "cams")
         if rank == 0:
             (folder / BACKGROUND).unlink(missing_ok=True)  # that of earlier CAMs
-        export_cams(generator, split, folder, RECIPES[args.recipe]["export"]["scales"], device, rank, world)
+        export_cams(generator, split, folder, RECIPES[args.recipe]["export"]["scales"], args.precision, device, rank, world)
         wait_for_all()
         if clip:
             u_b = load_prompts(out / "prompts.pt", clip, split.classes)                         # (K, E)
-            losses = background_losses(clip, u_f, u_b, split, folder, device, rank, world)
-            chosen = {"background_score": min(losses, key=losses.get), "losses": losses}
+            losses = background_losses(clip, u_f, u_b, split, folder, args.precision, device, rank, world)
+            chosen = min(losses, key=losses.get)
             if rank == 0:
-                write_file(folder / BACKGROUND, lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
-                print(f"background score {chosen['background_score']}, chosen by CLIP and the prompts: {folder / BACKGROUND}")
+                state = json.dumps({"background_score": chosen, "losses": losses}, indent=1)
+                write_file(folder / BACKGROUND, lambda path: path.write_text(state))
+                print("loss of each background score: " + ", ".join(f"{score} {loss:.3f}" for score, loss in losses.items()))
+                print(f"background score {chosen}, of the least loss, for CAMs in {folder}"
+                      + ("; it ends the range: look at the CAMs, and think of a number of your own (WeakTr's is 0.43)"
+                         if chosen in (SCORES[0], SCORES[-1]) else ""))
         elif rank == 0:
             print(f"no background score is chosen without {out / 'prompts.pt'}: give one to make_pseudo.py --background-score")
     end_processes()

@@ -3,7 +3,7 @@
 A plain ViT reads the photo; Segmenter's mask transformer (Strudel et al. 2021), two more blocks over patches and K + 1 label
 vectors, gives every patch a score for each of the K + 1 labels; the scores are up-sampled:
 
-    score(patch, label) = s <patch, label> of unit vectors, s learned                                         [eq. S1]
+    score(patch, label) = norm_label <P patch, Q label> of unit vectors, P and Q learned, norm a LayerNorm         [eq. S1]
     loss = mean -log softmax(scores)_y over the pixels whose label y is not 255 (ignore)
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv, photos, and label PNGs (0 background, 1..K classes, 255 ignore) of any origin; --labels
@@ -25,24 +25,31 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from clip_model import run
+from clip_model import Linear, run
 from make_pseudo import read_labels
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, Block, ViT, load_vit
 from train_cam import Split, check_recipe, end_processes, read_checkpoint, start_processes, train, write_file
 
 # Dimension key: B images, K classes, H W pixels, h w patch grid, D ViT width.
 
-TABLE = {
+TABLE = {  # SGD with momentum 0.9; 264,500 steps are 100 epochs of VOC's 10,582 images
     #                voc                               coco                              toy
-    "steps":        (39_700,                           300_000,                          1_050),
-    "batch":        (16,                               16,                               8),
+    "steps":        (264_500,                          264_500,                          1_050),
+    "batch":        (4,                                4,                                8),
     "optimizer":    ("sgd",                            "sgd",                            "adamw"),
-    "lr":           (1e-2,                             1e-2,                             1e-3),    # decays by (1 - t)^0.9
+    "lr":           (1e-3,                             1e-3,                             1e-3),    # of the decoder
     "trunk_lr":     (0.1,                              0.1,                              0.3),     # the trunk's share of lr
-    "weight_decay": (1e-4,                             1e-4,                             1e-4),
-    "crop":         (480,                              480,                              64),      # side in pixels
+    "last_lr":      (1e-5,                             1e-5,                             0),       # where (1 - t)^0.9 ends
+    "weight_decay": (0,                                0,                                1e-4),
+    "drop_path":    (0.1,                              0.1,                              0),       # in the trunk
+    "dropout":      (0.1,                              0.1,                              0),       # in the decoder
+    "side":         (520,                              520,                              64),      # short side at scale 1
     "scale":        ((0.5, 2),                         (0.5, 2),                         (0.75, 1.5)),  # random, before the crop
-    "test_scales":  ((0.5, 0.75, 1, 1.25, 1.5, 1.75),  (0.5, 0.75, 1, 1.25, 1.5, 1.75),  (0.75, 1, 1.25, 1.5, 1.75)),  # eval.py's
+    "crop":         (480,                              480,                              64),
+    # of eval.py; it looks through windows of this side, toy at the whole
+    "test_scales":  ((0.5, 0.75, 1, 1.25, 1.5, 1.75),  (0.5, 0.75, 1, 1.25, 1.5, 1.75),  (0.75, 1, 1.25, 1.5, 1.75)),
+    "test_window":  (480,                              480,                              None),
+    "test_stride":  (320,                              320,                              None),
     "test_crf":     ("voc",                            "prob",                           "prob"),
 }
 RECIPES = {name: {key: row[i] for key, row in TABLE.items()} for i, name in enumerate(("voc", "coco", "toy"))}
@@ -51,25 +58,29 @@ RECIPES = {name: {key: row[i] for key, row in TABLE.items()} for i, name in enum
 class Segmenter(nn.Module):
     """ViT and mask transformer: image (B, 3, H, W) ImageNet-normalised -> scores (B, K + 1, H, W), background first.
 
-        score(patch, label) = s <patch, label> of unit vectors                                                [eq. S1]"""
+        score(patch, label) = norm_label <P patch, Q label> of unit vectors                                   [eq. S1]"""
 
-    def __init__(self, vit, num_labels):
+    def __init__(self, vit, num_labels, dropout=0.0):
         super().__init__()
         self.trunk, self.num_labels = vit, num_labels
         vit.head = None
+        self.enter = Linear(vit.width, vit.width)
         self.label_vectors = nn.Parameter(torch.randn(1, num_labels, vit.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(vit.width) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(vit.width, dropout=dropout) for _ in range(2))
         self.norm = nn.LayerNorm(vit.width)
-        self.scale = nn.Parameter(torch.tensor(10.0))  # s, so that a softmax of cosines can be sharp
+        self.P, self.Q = (nn.Parameter(vit.width ** -0.5 * torch.randn(vit.width, vit.width)) for _ in range(2))
+        self.label_norm = nn.LayerNorm(num_labels)
 
     def forward(self, image):
         tokens, (h, w) = self.trunk(image)
-        x = torch.cat([tokens[:, 1:], self.label_vectors.expand(len(image), -1, -1)], dim=1)    # (B, h*w + K + 1, D)
+        x = self.enter(self.trunk.norm(tokens)[:, 1:])
+        x = torch.cat([x, self.label_vectors.expand(len(image), -1, -1)], dim=1)    # (B, h*w + K + 1, D)
         for block in self.blocks:
             x, _, _ = block(x)
-        patches, labels = F.normalize(self.norm(x), dim=2).split([h * w, self.num_labels], dim=1)
-        scores = self.scale * patches @ labels.transpose(1, 2)                     # [eq. S1]   # (B, h*w, K + 1)
-        scores = scores.transpose(1, 2).unflatten(2, (h, w))
+        patches, labels = self.norm(x).split([h * w, self.num_labels], dim=1)
+        patches, labels = F.normalize(patches @ self.P, dim=2), F.normalize(labels @ self.Q, dim=2)
+        scores = self.label_norm(patches @ labels.transpose(1, 2))                 # [eq. S1]   # (B, h*w, K + 1)
+        scores = scores.float().transpose(1, 2).unflatten(2, (h, w))
         padded = (h * self.trunk.patch, w * self.trunk.patch)  # the trunk pads to whole patches: cut that off again
         scores = F.interpolate(scores, size=padded, mode="bilinear", align_corners=False)
         return scores[:, :, :image.shape[2], :image.shape[3]]
@@ -84,15 +95,15 @@ def load_segmenter(path):
 
 
 class Labelled(Dataset):
-    """Item (epoch, i): jointly augmented image (3, side, side), labels (side, side) int64, i; depends on (seed, epoch, i) alone."""
+    """Item (epoch, i): jointly augmented image (3, crop, crop), labels (crop, crop) int64, i; depends on (seed, epoch, i) alone."""
 
-    def __init__(self, split, folder, side, scale, seed):
-        self.split, self.folder, self.scale, self.seed = split, Path(folder), scale, seed
+    def __init__(self, split, folder, side, scale, crop, seed):
+        self.split, self.folder, self.side, self.scale, self.seed = split, Path(folder), side, scale, seed
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
         self.augment = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
                                    v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
                                    v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomHorizontalFlip(),
-                                   v2.RandomCrop(side, pad_if_needed=True, fill=fill)])  # beside the photo: mean colour, 255
+                                   v2.RandomCrop(crop, pad_if_needed=True, fill=fill)])  # beside the photo: mean colour, 255
 
     def __len__(self):
         return len(self.split.names)
@@ -106,7 +117,7 @@ class Labelled(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + i)
             low, high = self.scale
-            scale = low + (high - low) * torch.rand(()).item()
+            scale = (low + (high - low) * torch.rand(()).item()) * self.side / min(H, W)
             size = [max(1, round(H * scale)), max(1, round(W * scale))]
             photo = tv_tensors.Image(v2.functional.resize(v2.functional.pil_to_tensor(photo), size, InterpolationMode.BICUBIC))
             labels = tv_tensors.Mask(v2.functional.resize(labels[None], size, InterpolationMode.NEAREST_EXACT))
@@ -116,12 +127,14 @@ class Labelled(Dataset):
 
 def segmentation(model, image, labels):
     """loss = mean -log softmax(scores)_y over the n pixels that are not 255, 0 where all are -> ({"loss": it}, n)"""
-    n = (labels != 255).sum()
-    return {"loss": F.cross_entropy(model(image), labels, ignore_index=255, reduction="sum") / n.clamp(min=1)}, n.item()
+    n = (labels != 255).sum().item()  # on the CPU
+    scores, labels = model(image), labels.to(image.device, non_blocking=True)                   # (B, K + 1, H, W), (B, H, W)
+    return {"loss": F.cross_entropy(scores, labels, ignore_index=255, reduction="sum") / max(1, n)}, n
 
 
-def poly_decay(step, steps):
-    return (1 - step / steps) ** 0.9
+def poly_decay(step, steps, last):
+    """The rate at a step, as a share of lr: (1 - t)^0.9, which ends at `last`"""
+    return last + (1 - last) * (1 - step / steps) ** 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,6 +153,8 @@ def parse_args(argv=None):
     parser.add_argument("--resume", action="store_true", help="keep a finished seg.pt, go on where a killed run stopped")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                        help="of matrix products, as in train_cam.py")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
     return parser.parse_args(argv)
 
@@ -155,14 +170,14 @@ def main(args):
         return end_processes()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    dataset = Labelled(split, args.labels, recipe["crop"], recipe["scale"], args.seed)
-    model = Segmenter(load_vit(args.vit), len(split.classes) + 1).to(device)
+    dataset = Labelled(split, args.labels, recipe["side"], recipe["scale"], recipe["crop"], args.seed)
+    model = Segmenter(load_vit(args.vit, recipe["drop_path"]), len(split.classes) + 1, recipe["dropout"]).to(device)
     decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     groups = [{"params": list(model.trunk.parameters()), "peak": recipe["lr"] * recipe["trunk_lr"]},
               {"params": decoder, "peak": recipe["lr"]}]
     make = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[recipe["optimizer"]]
     optimizer = make(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
-    decay = partial(poly_decay, steps=recipe["steps"])
+    decay = partial(poly_decay, steps=recipe["steps"], last=recipe["last_lr"] / recipe["lr"])
     train("seg", model, segmentation, dataset, optimizer, decay, recipe, args, rank, world, device)
     if rank == 0:
         state = {"segmenter": model.state_dict(), "vit": model.trunk.sizes, "classes": split.classes, "words": split.words,

@@ -421,9 +421,9 @@ def train_vit(steps=4200, B=48):
 
     def answers(view):
         with torch.autocast("cpu", torch.bfloat16):
-            tokens, (h, w), maps, _ = vit(view, with_maps=True)
+            tokens, (h, w), maps, _ = vit(view, pool="max")
             p2p = maps.mean(dim=1)[:, 1:, 1:]
-            logits = vit.head(tokens[:, 1:])                                                    # (B, h*w, 12)
+            logits = vit.head(vit.norm(tokens[:, 1:]))                                          # (B, h*w, 12)
             spread = p2p / p2p.sum(dim=2, keepdim=True) @ logits
         return [z.float().unflatten(1, (h, w)) for z in (logits, spread)]
 

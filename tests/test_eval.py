@@ -209,15 +209,18 @@ def segmenter(tmp_path_factory):
     return path
 
 
+TWO_SCALES = RECIPES["toy"] | {"test_scales": (1, 1.5)}
+
+
 @pytest.mark.parametrize("W, H", [(37, 21), (5, 3), (8, 40)])
 def test_predict_any_size(W, H, segmenter):
     """Probabilities at the photo's size, for a photo smaller than a patch too; flipping photo = flipping prediction."""
     model, cpu = eval.load_segmenter(segmenter)[0], torch.device("cpu")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8))
-    prob = predict(model, photo, [1.0, 1.5], True, cpu)
+    prob = predict(model, photo, TWO_SCALES, True, cpu)
     assert prob.shape == (4, H, W)
     torch.testing.assert_close(prob.sum(0), torch.ones(H, W))
-    mirrored = predict(model, photo.transpose(Image.FLIP_LEFT_RIGHT), [1.0, 1.5], True, cpu)
+    mirrored = predict(model, photo.transpose(Image.FLIP_LEFT_RIGHT), TWO_SCALES, True, cpu)
     torch.testing.assert_close(mirrored.flip(2), prob, atol=1e-6, rtol=0)  # measured 1e-7
     with torch.no_grad():
         assert model(torch.randn(2, 3, H, W)).shape == (2, 4, H, W)
@@ -263,7 +266,7 @@ def test_masks_and_overlays_of_odd_photos(segmenter, tmp_path, capsys):
             assert overlay.size == ODD[file][2] and overlay.mode == "RGB"
         labels = np.array(Image.open(saved / f"{stem}.png"))
         if file != "long.jpg":  # the model sees a smaller copy
-            expected = predict(model, read_image(folder / file), [1, 1.5], True, torch.device("cpu")).argmax(0).numpy()
+            expected = predict(model, read_image(folder / file), TWO_SCALES, True, torch.device("cpu")).argmax(0).numpy()
             assert np.array_equal(labels, expected)
         seen |= set(np.unique(labels).tolist())
     assert len(seen) > 1

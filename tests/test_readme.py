@@ -36,9 +36,13 @@ def test_imports_point_to_earlier_chapters_only():
         assert not imported & set(CHAPTERS[i:]) and (i == 0 or "clip_model" in imported)
 
 
-def test_folder_holds_six_scripts_and_little_else():
-    """A seventh script, a utils.py or a package would have to be argued for here. data/ and runs/ are the user's."""
-    found = {path.name for path in ROOT.iterdir() if path.name[0] != "."} - {"data", "runs", "__pycache__"}
-    assert found == {*(f"{name}.py" for name in CHAPTERS), "README.md", "LICENSE", "Makefile", "pyproject.toml", "requirements.txt",
-                     "bpe_simple_vocab_16e6.txt.gz", "docs", "figures", "prepare", "tests"}
-    assert {path.name for path in (ROOT / "prepare").glob("*.*")} == {"voc.py", "coco.py", "toy.py", "toy_weights.npz"}
+def test_departures_are_those_of_the_code():
+    code = set().union(*(set(re.findall(r"\[(detail \w+)\]", source)) for source in SOURCE.values()))
+    rows = re.findall(r"^\| (detail \w+) \|", (ROOT / "docs/differences.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(code) == sorted(rows)
+
+
+def test_six_scripts_and_no_seventh():
+    """A utils.py would have to be argued for here."""
+    assert {path.stem for path in ROOT.glob("*.py")} == set(CHAPTERS)
+    assert {path.stem for path in (ROOT / "prepare").glob("*.py")} == {"voc", "coco", "toy"}
