@@ -166,7 +166,7 @@ class Attention(nn.Module):
         """W [softmax(q kᵀ / √64) v of every head] + b, with q, k, v = W' x + b'; x (B, T, D) -> its tokens read (B, Q, D)."""
         q, k, v = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)              # (B, T, D) each
         q, k, v = (z.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for z in (q[read], k, v))    # (B, A, Q or T, 64)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                               # (B, A, Q, 64)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask) if len(q) else q              # (B, A, Q, 64)
         return self.out_proj(y.transpose(1, 2).flatten(2))                                        # (B, Q, D)
 
 

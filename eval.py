@@ -296,7 +296,8 @@ def main(args):
 
     with ThreadPoolExecutor(1 if args.checkpoint else 4) as pool:  # decoding leaves Python's lock; a model works alone
         names = split.names[rank::world]
-        counts = sum(tqdm(pool.map(count, names), f"eval {args.split}", len(names), disable=quiet))
+        none = np.zeros((len(tries), C, C), np.int64)  # also where there are more processes than photos
+        counts = sum(tqdm(pool.map(count, names), f"eval {args.split}", len(names), disable=quiet), none)
     counts = sum_over_processes(torch.as_tensor(counts, dtype=torch.float64), device).numpy()  # float64: exact to 2^53
     end_processes()
     if rank:

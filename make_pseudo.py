@@ -354,8 +354,8 @@ def background_score(choice, folder):
         return score, "given"
     path = Path(folder) / BACKGROUND
     try:
-        return json.loads(path.read_text())["background_score"], "auto: as CLIP reads its masks best, no mask read"
-    except (OSError, ValueError, KeyError):
+        return float(json.loads(path.read_text())["background_score"]), "auto: as CLIP reads its masks best, no mask read"
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path}: no background score found, so nothing has chosen one for these CAMs; expected a number, "
                          "--background-score 0.4; train_cam.py --phase export with --clip and OUT/prompts.pt chooses one") from None
 

@@ -30,7 +30,7 @@ import math
 import os
 import time
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,7 @@ TABLE = {  # AdamW, weight decay 0.03. lr is the rate itself; steps are 60 epoch
 RECIPES = {name: {phase: {key: row[i] for (of, key), row in TABLE.items() if of == phase} for phase, _ in TABLE}
            for i, name in enumerate(("voc", "coco", "toy"))}
 PHASES = ["classify", "match", "prompts", "refine"]
+MEAN_COLOUR = [round(255 * value) for value in IMAGENET_MEAN]
 BACKGROUND = "background.json"  # beside exported CAMs: the background score that goes with them
 SCORES = [round(0.05 * i, 2) for i in range(3, 19)]  # those it is chosen from
 
@@ -263,7 +264,7 @@ def export_cams(generator, split, folder, scales, precision, device, rank, world
     """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n shown classes in class order.
 
     Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class. All L*A attention
-    maps are held at once: 2,500 patches (640 x 640 at scale 1.25) take 2 GB with DeiT-S, a phone's photo would take 600."""
+    maps are held at once: 2,500 patches (640 x 640 at scale 1.25) take 4 GB with DeiT-S, a phone's photo would take 1,000."""
     for name in tqdm(split.names[rank::world], desc="export", disable=None if rank == 0 else True):
         photo, present = split.image(name), torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)
         W, H = photo.size
@@ -273,9 +274,9 @@ def export_cams(generator, split, folder, scales, precision, device, rank, world
             for flip in (False, True):
                 with autocast(device, precision):
                     cam, _ = generator(x.flip(3) if flip else x)
-                cam = cam.float().flip(3) if flip else cam.float()                              # (1, K, h, w)
-                total = total + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)[0, present]
-        maps = region_masks(total, quarter, eps=1e-12)[:, 0].cpu().numpy().astype(np.float16)    # (n, H/4, W/4)
+                cam = cam[0, present, None].float()                                             # (n, 1, h, w)
+                total = total + F.interpolate(cam.flip(3) if flip else cam, size=quarter, mode="bilinear", align_corners=False)
+        maps = region_masks(total[:, 0], quarter, eps=1e-12)[:, 0].cpu().numpy().astype(np.float16)    # (n, H/4, W/4)
         write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps))
 
 
@@ -317,9 +318,14 @@ def cosine_decay(step, steps, warmup=0, first=0, last=0):
     return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def mixed_seed(*numbers):
+    """Whole numbers -> one seed for all of them"""
+    return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, numbers)
+
+
 @lru_cache(maxsize=4)
 def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
 
 
 def batches(n, batch, start, steps, seed, rank, world):
@@ -343,22 +349,23 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
     if steps < 1 or recipe["batch"] < world:
         raise InputError(f"{phase}: {steps} steps of {recipe['batch']} images for {world} processes; expected one or more, and "
                          "an image or more for each process; change --steps or --batch")
+    mixed = autocast(device, args.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)  # its small gradients would vanish
     if args.resume and part.is_file():
-        state = read_checkpoint(part, "optimizer", f"delete it to start {phase} again")
+        state = read_checkpoint(part, "scaler", f"delete it to start {phase} again")
         check_recipe(part, state["recipe"], recipe)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         start = state["step"]
     n_images, interval = len(dataset), max(1, steps // 60)
     loader = DataLoader(dataset, batch_sampler=batches(n_images, recipe["batch"], start, steps, args.seed, rank, world),
                         num_workers=args.workers, pin_memory=device.type == "cuda")
     parallel = DistributedDataParallel(model.train()) if world > 1 else model.train()
-    mixed = autocast(device, args.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)  # its small gradients would vanish
     bar = tqdm(total=steps, initial=start, desc=phase, disable=None if rank == 0 else True)
     began, since_log = time.time(), []  # of every step since the last log line: its images, its values, its n
     for step, (image, labels, i) in enumerate(loader, start + 1):
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1_000_003 + rank)  # of dropped paths: a resumed run drops the same
+        torch.manual_seed(mixed_seed(args.seed, step, rank))  # of dropped paths: a resumed run drops the same
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * decay(step - 1)
         with mixed:
@@ -386,7 +393,8 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
                "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0}
         if rank == 0:
             log(args.out, row)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "recipe": recipe}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+                     "recipe": recipe}
             write_file(part, lambda path, state=state: torch.save(state, path))
     bar.close()
 
@@ -409,7 +417,8 @@ def log(out, row):
 def autocast(device, precision):
     """Matrix products in bfloat16 or float16, all else in float32. "auto": float32 on a CPU, bfloat16 on a GPU that has it."""
     if precision == "auto":
-        precision = "float32" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        cuda = lambda: "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"  # noqa: E731
+        precision = "float32" if device.type == "cpu" else cuda()
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
@@ -476,7 +485,7 @@ def read_checkpoint(path, needs, remedy):
         raise InputError(f"{path}: no such file; {remedy}") from None
     except Exception as error:
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); {remedy}") from None
-    if not isinstance(state, dict) or needs not in state:
+    if not isinstance(state, dict) or needs not in state or "generator" in state and "options" not in state:
         raise InputError(f"{path}: holds no {needs!r}; expected a checkpoint written by this project; {remedy}")
     return state
 
@@ -532,7 +541,7 @@ class Split:
         table = self.root / f"{split}.csv"
         lines = read_text(table, "expected a photo a line, `PATH,CLASS;CLASS`; pass another --split, or write it with prepare/")
         self.paths, self.labels = {}, {}
-        for number, cells in enumerate(csv.reader(lines.splitlines()), 1):
+        for number, cells in enumerate(csv.reader(lines.splitlines(), strict=True), 1):
             if not any(cells):
                 continue
             where, path = f"{table}, line {number}", self.root / cells[0].strip()
@@ -586,7 +595,7 @@ class Crops(Dataset):
         self.view = v2.Compose([
             v2.RandomResizedCrop(side, scale=(min_area, 1), interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
-            *([v2.RandomApply([v2.RandAugment(1, 9, 11)], 0.5)] * 2 if augment else []),  # level 9 of 10, as "m9"
+            *([v2.RandomApply([v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, MEAN_COLOUR)], 0.5)] * 2 if augment else []),
             v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             *([v2.RandomErasing(0.25, value="random")] if augment else [])])
 
@@ -597,7 +606,7 @@ class Crops(Dataset):
         epoch, i = place
         name = self.split.names[i]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + i)
+            torch.manual_seed(mixed_seed(self.seed, epoch, i))
             image = self.view(self.split.image(name))
         return image, torch.from_numpy(self.split.labels[name]).float(), i
 
@@ -653,7 +662,8 @@ def main(args):
     for phase in [phase for phase in phases if phase != "export"]:
         recipe = RECIPES[args.recipe][phase] | RECIPES[args.recipe]["views"]
         recipe |= {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-        recipe |= {"seed": args.seed, "split": args.split}
+        recipe |= {"seed": args.seed, "split": args.split, "classes": split.classes}
+        recipe |= {"clip": Path(args.clip).name, "vit": Path(args.vit).name}  # the names: folders may have moved
         checkpoint = out / f"{phase}.pt"
         if args.resume and checkpoint.is_file():
             check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", f"delete it to run {phase} again")["recipe"], recipe)
@@ -682,8 +692,8 @@ def main(args):
         lr = recipe["lr"]
         optimizer = torch.optim.AdamW([{"params": trunk, "peak": lr * recipe.get("trunk_lr", 1)}, {"params": rest, "peak": lr}],
                                       weight_decay=0.03, fused=device.type == "cuda")
-        decay = partial(cosine_decay, steps=recipe["steps"], warmup=recipe.get("warmup", 0), first=1e-6 / lr,
-                        last=recipe.get("last_lr", 0) / lr)
+        warmup = recipe.get("warmup", 0) * recipe["steps"] // RECIPES[args.recipe][phase]["steps"]  # shorter with fewer --steps
+        decay = partial(cosine_decay, steps=recipe["steps"], warmup=warmup, first=1e-6 / lr, last=recipe.get("last_lr", 0) / lr)
         train(phase, model, step_loss, crops, optimizer, decay, recipe, args, rank, world, device)
 
         state = {"phase": phase, "classes": split.classes, "words": split.words, "recipe": recipe}
@@ -692,10 +702,10 @@ def main(args):
         else:
             state |= {"generator": model.state_dict(), "vit": model.trunk.sizes, "options": model.options}
         if rank == 0:
-            write_file(checkpoint, lambda path, state=state: torch.save(state, path))
-            (out / f"{phase}.part").unlink(missing_ok=True)
             if phase == "prompts":
                 write_nearest_words(out / "prompts.txt", model, clip, split)
+            write_file(checkpoint, lambda path, state=state: torch.save(state, path))
+            (out / f"{phase}.part").unlink(missing_ok=True)
         wait_for_all()
 
     # ------------------------------------------------------------------------------------------ export

@@ -28,11 +28,11 @@ from torchvision.transforms import InterpolationMode, v2
 from clip_model import Linear, run
 from make_pseudo import read_labels
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, Block, ViT, load_vit
-from train_cam import Split, check_recipe, end_processes, read_checkpoint, start_processes, train, write_file
+from train_cam import Split, check_recipe, end_processes, mixed_seed, read_checkpoint, start_processes, train, write_file
 
 # Dimension key: B images, K classes, H W pixels, h w patch grid, D ViT width.
 
-TABLE = {  # SGD with momentum 0.9; 264,500 steps are 100 epochs of VOC's 10,582 images
+TABLE = {  # SGD with Nesterov momentum 0.9; 264,500 steps are 100 epochs of VOC's 10,582 images
     #                voc                               coco                              toy
     "steps":        (264_500,                          264_500,                          1_050),
     "batch":        (4,                                4,                                8),
@@ -115,7 +115,7 @@ class Labelled(Dataset):
         W, H = photo.size
         labels = torch.from_numpy(read_labels(self.folder / f"{name}.png", (H, W), len(self.split.classes) + 1).copy())  # (H, W)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + i)
+            torch.manual_seed(mixed_seed(self.seed, epoch, i))
             low, high = self.scale
             scale = (low + (high - low) * torch.rand(()).item()) * self.side / min(H, W)
             size = [max(1, round(H * scale)), max(1, round(W * scale))]
@@ -163,7 +163,7 @@ def main(args):
     rank, world, device = start_processes(args.device)
     split, out = Split(args.data, args.split), Path(args.out)
     recipe = RECIPES[args.recipe] | {key: value for key, value in vars(args).items() if key in TABLE and value is not None}
-    recipe |= {"seed": args.seed, "split": args.split, "labels": Path(args.labels).name}  # the name: folders may have moved
+    recipe |= {"seed": args.seed, "split": args.split, "labels": Path(args.labels).resolve().parts[-2:]}
     checkpoint = out / "seg.pt"
     if args.resume and checkpoint.is_file():
         check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", "delete it to train again")["recipe"], recipe)
@@ -175,7 +175,7 @@ def main(args):
     decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     groups = [{"params": list(model.trunk.parameters()), "peak": recipe["lr"] * recipe["trunk_lr"]},
               {"params": decoder, "peak": recipe["lr"]}]
-    make = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[recipe["optimizer"]]
+    make = {"sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True), "adamw": torch.optim.AdamW}[recipe["optimizer"]]
     optimizer = make(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
     decay = partial(poly_decay, steps=recipe["steps"], last=recipe["last_lr"] / recipe["lr"])
     train("seg", model, segmentation, dataset, optimizer, decay, recipe, args, rank, world, device)

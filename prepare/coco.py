@@ -141,7 +141,7 @@ def main(args):
 
     print(f"""next:
     python train_cam.py   --data {out} --split train --recipe coco --out runs/coco
-    python make_pseudo.py --data {out} --split train --cams runs/coco/cams --out runs/coco/masks
+    python make_pseudo.py --data {out} --split train --cams runs/coco/cams --out runs/coco/masks --crf irn
     python train_seg.py   --data {out} --split train --labels runs/coco/masks --recipe coco --out runs/coco
     python eval.py        --data {out} --split val --checkpoint runs/coco/seg.pt""")
 

@@ -37,7 +37,7 @@ def test_rates():
 def test_a_run_takes_these_rates(toy, cam, tmp_path, monkeypatch):
     """The trunk gets its share of the rate, and the log has the rate of the last step."""
     import json
-    monkeypatch.setitem(RECIPES["toy"]["classify"], "warmup", 2)
+    monkeypatch.setitem(RECIPES["toy"]["classify"], "warmup", 38)  # half of 76: with --steps it shrinks with them
     cam(tmp_path, "--phase", "classify", "--steps", 4)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows] == pytest.approx([1e-6, (1e-6 + 1e-3) / 2, 1e-3, 0.5e-3])

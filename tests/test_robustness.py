@@ -61,7 +61,7 @@ def relabel(path):
 def unfinished(phase, w):
     """A finished phase, as if it had been killed."""
     state = torch.load(w.out / f"{phase}.pt", weights_only=True)
-    torch.save(state | {"optimizer": {}, "step": 1}, w.out / f"{phase}.part")
+    torch.save(state | {"optimizer": {}, "scaler": {}, "step": 1}, w.out / f"{phase}.part")
     (w.out / f"{phase}.pt").unlink()
 
 
