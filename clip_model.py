@@ -379,7 +379,7 @@ def read_image(path, upright=True):
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow, broken PNG
-        raise InputError(f"{path}: not a readable image ({error}); expected a JPEG or PNG file; replace it") from None
+        raise InputError(f"{path}: not a readable image ({error}); expected a JPEG, PNG or other image file; replace it") from None
 
 
 def fetch_weights(url, sha256, cache=None):

@@ -33,7 +33,7 @@ from train_seg import load_segmenter
 
 # Dimension key: K classes, C = K + 1 labels, H W pixels.
 
-LARGEST = 1024  # pixels: of a larger photo the model and the CRF see a copy of this side; data sets of the field are smaller
+LARGEST = 1024  # pixels of the longest side: larger photos are shrunk for model and CRF
 SWEEP = [round(0.02 * i, 2) for i in range(1, 50)]  # background scores that --oracle-sweep tries
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 HEAT = np.array([[20, 20, 90], [30, 90, 200], [90, 200, 120], [250, 220, 60], [220, 40, 30]], np.float32)  # CAM 0, 1/4, ... 1
@@ -92,6 +92,7 @@ def predict(model, photo, recipe, flip, device):
     short, window = min(H, W), recipe["test_window"]
     total, passes = 0, 0
     for scale in recipe["test_scales"]:
+        # as Segmenter does, no side is shorter than a window: 0.5 and 0.75 of 520 are both 480 then
         x = scaled_input(photo, max(scale * recipe["side"], window or 0) / short, model.trunk.patch).to(device)
         for mirrored in ((False, True) if flip else (False,)):
             view = x.flip(3) if mirrored else x
@@ -215,6 +216,8 @@ def check_flags(args):
              "--images: photos alone can only be predicted; expected --checkpoint seg.pt and --save DIR"),
             (args.images and (args.json or args.strip),
              "--images: without masks and labels there is no --json and no --strip; leave it out"),
+            (args.present_only and not (args.checkpoint and args.data),
+             "--present-only: of what a model predicts where a csv has the classes; expected --checkpoint seg.pt and --data ROOT"),
             (args.oracle_sweep and not args.cams, "--oracle-sweep: tries background scores on CAMs; expected --cams DIR"),
             (args.background_score != "auto" and not args.cams, "--background-score: cuts CAMs; expected --cams DIR"),
             ((args.crf or args.scales) and not args.checkpoint,
@@ -273,7 +276,7 @@ def main(args):
         tries = [score, *(SWEEP if args.oracle_sweep else [])]
 
     def labels_of(name, size):
-        """What is scored for a photo, labels (H, W), once for every background score tried. size: (H, W), or None where unknown."""
+        """Labels (H, W) of a photo, one for each background score tried. size: (H, W), or None where unknown."""
         if args.pred:
             return [read_labels(f"{args.pred}/{name}.png", size, C)]
         if args.checkpoint:

@@ -354,7 +354,7 @@ def background_score(choice, folder):
         return score, "given"
     path = Path(folder) / BACKGROUND
     try:
-        return float(json.loads(path.read_text())["background_score"]), "auto: as CLIP reads its masks best, no mask read"
+        return float(json.loads(path.read_text())["background_score"]), "auto: the least loss under CLIP, no true mask used"
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path}: no background score found, so nothing has chosen one for these CAMs; expected a number, "
                          "--background-score 0.4; train_cam.py --phase export with --clip and OUT/prompts.pt chooses one") from None
@@ -382,17 +382,20 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = start_processes(args.device)
-    data = Split(args.data, args.split)
+    split, kept = Split(args.data, args.split), 0
     score, how = background_score(args.background_score, args.cams)
     if rank == 0:
-        print(f"background score {score} ({how}), CRF {args.crf}, {len(data.names)} images of {args.split}")
-    for name in tqdm(data.names[rank::world], desc="pseudo masks", disable=None if rank == 0 else True):
+        print(f"background score {score} ({how}), CRF {args.crf}, {len(split.names)} images of {args.split}")
+    for name in tqdm(split.names[rank::world], desc="pseudo masks", disable=None if rank == 0 else True):
         path = Path(args.out) / f"{name}.png"
         if path.exists() and not args.overwrite:
+            kept += 1
             continue
-        photo, present = np.array(data.image(name)), np.flatnonzero(data.labels[name])
+        photo, present = np.array(split.image(name)), np.flatnonzero(split.labels[name])
         cams = read_cams(args.cams, name, present, photo.shape[:2])                             # (n, H, W)
         write_labels(path, pseudo_mask(photo, cams, present, score, args.crf, device))
+    if kept:
+        print(f"{kept} masks were there already and are kept, whatever they were made of; --overwrite makes them again")
     end_processes()
 
 

@@ -126,8 +126,9 @@ class ViT(nn.Module):
         all_maps, all_features = [], []
         for block in self.blocks:
             x, maps, written = block(x, with_maps=pool is not None)                             # (B, T, D)
-            all_maps.append(maps)
-            all_features.append(written.amax(dim=1) if pool == "max" else written.mean(dim=1))  # (B, A, 64)
+            if pool:
+                all_maps.append(maps)
+                all_features.append(written.amax(dim=1) if pool == "max" else written.mean(dim=1))  # (B, A, 64)
         if pool:
             return x, (h, w), torch.cat(all_maps, dim=1), torch.cat(all_features, dim=1)
         return x, (h, w)
@@ -221,8 +222,8 @@ class MaskGenerator(nn.Module):
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
         self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH, reduction)
 
-    def freeze_trunk(self):
-        """Matching and refinement train the head and the fusion only; trunk and class tokens stay. Returns self."""
+    def train_head_and_fusion(self):
+        """As matching and refinement do: trunk and class tokens stay. Returns self."""
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         self.fusion.requires_grad_(True)
@@ -235,11 +236,19 @@ class MaskGenerator(nn.Module):
         K = self.num_classes
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
         A = self.fusion(maps.detach(), features.detach())                       # [eq. W2]      # (B, T, T)
-        A_c2p, A_p2p = A[:, :K, K:] if self.class_attention else 1, A[:, K:, K:]  # [detail 1]  # (B, K, h*w), (B, h*w, h*w)
-        refine = lambda c: (A_c2p * Rectify.apply(c).flatten(2)) @ A_p2p.transpose(1, 2)        # noqa: E731
-        fine = refine(coarse).unflatten(2, (h, w))                              # [eq. W3]      # (B, K, h, w)
-        logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), refine(coarse.detach()).mean(dim=2)])
+        fine = self.spread(A, coarse)                                           # [eq. W3]      # (B, K, h, w)
+        of_fusion = self.spread(A, coarse.detach())  # the same: its loss in classification trains the fusion alone
+        logits = torch.stack([tokens[:, :K].mean(dim=2), coarse.mean(dim=(2, 3)), of_fusion.mean(dim=(2, 3))])
         return fine, logits
+
+    def spread(self, A, coarse):
+        """fine = A_p2p (A_c2p * relu(coarse))  [eq. W3]: A (B, T, T), coarse (B, K, h, w) -> (B, K, h, w)"""
+        K = self.num_classes
+        A_c2p, A_p2p = A[:, :K, K:], A[:, K:, K:]                                               # (B, K, h*w), (B, h*w, h*w)
+        kept = Rectify.apply(coarse).flatten(2)                                                 # (B, K, h*w)
+        if self.class_attention:                                                # [detail 1]
+            kept = A_c2p * kept
+        return (kept @ A_p2p.transpose(1, 2)).view_as(coarse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trains the mask generator through a frozen CLIP, from image-level labels alone (paper, sections 3.2 to 3.4).
 
-    X image, M_k = S(X)_k in [0, 1] the mask of a class k that X shows, X_k^f = M_k X, X_k^b = (1 - M_k) X
+    X image, m = S(X)_k the CAM of a class k that X shows, M_k = (m - min m) / (max m - min m + eps) its mask in [0, 1]
+    X_k^f = M_k X the kept region, X_k^b = (1 - M_k) X the dropped one
     v_k^f, v_k^b = E_I(X_k^f), E_I(X_k^b)    u_k^f = E_T("a photo of {class}.")    u_k^b = E_T(p_k), p_k a learned prompt
     sim = cosine, c(x) = clamp(x, 1e-4, 1 - 1e-4); all means run over the N (image, shown class) pairs of the batch
 
@@ -13,7 +14,7 @@
     match       head and attention fusion of S       classify.pt                       L_match
     prompts     the vectors p                        random; regions of match.pt       L_prompt
     refine      head and attention fusion of S       classify.pt, prompts.pt           L_total
-    export      nothing: writes the CAMs of refine.pt, and the background score that goes with them
+    export      nothing: writes the CAMs of refine.pt and, with prompts.pt, the background score that goes with them
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md); never a mask. Writes OUT/{classify,match,prompts,refine}.pt,
 OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy, OUT/cams/background.json.
@@ -61,7 +62,7 @@ from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length,
 #                R side of CLIP's input.
 
-TABLE = {  # AdamW, weight decay 0.03. lr is the rate itself; steps are 60 epochs of VOC's 10,582 and COCO's 82,081 images
+TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; steps: 60 epochs of VOC's 10,582, COCO's 82,081 images
     #                                 voc          coco            toy
     ("classify", "steps"):           (9_900,       76_920,         76),
     ("classify", "batch"):           (64,          64,             32),
@@ -153,7 +154,7 @@ def refine_loss(v_f, u_b):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def region_masks(cam, size, eps):
-    """M = (m - min m) / (max m - min m + eps), m the CAM up-sampled to size (H, W): (N, h, w) -> (N, 1, H, W) in [0, 1)
+    """M = (m - min m) / (max m - min m + eps), m the CAM up-sampled to size (H, W): (N, h, w) -> (N, 1, H, W) in [0, 1]
 
     eps: 0.1 where S is trained, 1e-4 for the prompts, as in the official code; 1e-12 for the export."""
     m = F.interpolate(cam[:, None].float(), size=size, mode="bilinear", align_corners=False)    # (N, 1, H, W)
@@ -180,8 +181,8 @@ def embed_masked(clip, X, M):
 def embed_regions(clip, image, cam, labels, eps):
     """v^f, v^b (N, E) and the class k (N,) of every pair, in order of image, class.
 
-    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K), on the CPU: so nothing waits for a GPU to tell which
-    pairs there are. Only the maps of shown classes are touched."""
+    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K), on the CPU, so that listing the pairs needs no
+    GPU. Only the maps of shown classes are touched."""
     b, k = labels.nonzero(as_tuple=True)                                                        # (N,), (N,)
     M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)                        # (N, 1, R, R)
     return *embed_masked(clip, clip_view(clip, image)[b], M), k
@@ -209,7 +210,8 @@ class Prompts(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The four phases: what one step minimises. A batch is image (B, 3, H, W), ImageNet-normalised, and labels (B, K) on the CPU;
-# returned are {name: scalar}, of which "loss" is minimised and all are logged, and how many things they are means over
+# returned are {name: scalar}, of which "loss" is minimised and all are logged, and how many things they are means over.
+# u_f and u_b are (K, E), a row a class
 # ---------------------------------------------------------------------------------------------------------------------
 
 def classification(generator, image, labels):
@@ -288,7 +290,7 @@ def background_losses(clip, u_f, u_b, split, folder, precision, device, rank, wo
         M_k = 1 where k has the greatest CAM and that is above the score, else 0
     Means over the pairs of up to `most` images, spread over the split. Looks at photos, labels and CAMs; at no mask."""
     total, pairs, R = torch.zeros(len(SCORES), dtype=torch.float64), 0, clip.resolution
-    names = split.names[::-(-len(split.names) // most)]
+    names = split.names[::math.ceil(len(split.names) / most)]
     for name in tqdm(names[rank::world], desc="background score", disable=None if rank == 0 else True):
         k = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)                     # (n,)
         if len(k) == 0:
@@ -339,10 +341,10 @@ def batches(n, batch, start, steps, seed, rank, world):
 
 def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank, world, device):
     """Minimise step_loss(model, image, labels) -> ({"loss": scalar, ...}, n), each a mean over this process's n images (classify),
-    pairs (match, prompts, refine) or labelled pixels (seg). optimizer's groups carry their rate as "peak", of which
-    decay(step) is the share at a step.
+    pairs (match, prompts, refine) or labelled pixels (seg). A group's rate at a step is its
+    "peak" times decay(step).
 
-    recipe has "steps" and "batch", the images of a step over all processes. Sixty times a run the means over all n of all
+    recipe has "steps" and "batch", the images of a step over all processes. About sixty times a run the means over all n of all
     processes go to OUT/log.jsonl (images_per_s; gib, the most GPU memory so far), and all that --resume needs for an exact
     continuation to OUT/PHASE.part."""
     part, steps, start = Path(args.out) / f"{phase}.part", recipe["steps"], 0
@@ -363,9 +365,9 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
                         num_workers=args.workers, pin_memory=device.type == "cuda")
     parallel = DistributedDataParallel(model.train()) if world > 1 else model.train()
     bar = tqdm(total=steps, initial=start, desc=phase, disable=None if rank == 0 else True)
-    began, since_log = time.time(), []  # of every step since the last log line: its images, its values, its n
+    began, since_log = time.time(), []  # (images, values, n) of each step since the last log line
     for step, (image, labels, i) in enumerate(loader, start + 1):
-        torch.manual_seed(mixed_seed(args.seed, step, rank))  # of dropped paths: a resumed run drops the same
+        torch.manual_seed(mixed_seed(args.seed, step, rank))  # drop path: a resumed run drops the same
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * decay(step - 1)
         with mixed:
@@ -385,7 +387,8 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
             bad = next((i for i, values, _ in since_log if not torch.isfinite(values["loss"])), [])
             raise InputError(f"{phase}: the loss is {means['loss']} before step {step + 1}, first on "
                              f"{', '.join(dataset.split.names[j] for j in bad) or 'images of another process'}; expected a number; "
-                             "look at these photos, lower the rate in RECIPES; --resume goes on from the last good state")
+                             "take these photos out and go on from the last good state with --resume, or lower lr in TABLE and "
+                             "start the phase anew")
         since_log, took = [], time.time() - began
         row = {"phase": phase, "step": step, "epoch": round(step * recipe["batch"] / n_images, 2), **means,
                "lr": optimizer.param_groups[-1]["lr"], "images_per_s": round((step - start) * recipe["batch"] / took, 1),
@@ -504,9 +507,12 @@ def check_classes(path, state, classes):
                          f"data has {len(classes)}: {', '.join(classes[:4])}, ...; pass the data it was trained for")
 
 
-def load_generator(path, classes, drop_path=0.0, remedy="run the earlier phases first (--phase all runs them in order)"):
+EARLIER = "run the earlier phases first (--phase all runs them in order)"
+
+
+def load_generator(path, classes, drop_path=0.0):
     """A phase's checkpoint -> MaskGenerator in eval mode, on the CPU."""
-    state = read_checkpoint(path, "generator", remedy)
+    state = read_checkpoint(path, "generator", EARLIER)
     check_classes(path, state, classes)
     generator = MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])
     generator.load_state_dict(state["generator"])
@@ -514,9 +520,9 @@ def load_generator(path, classes, drop_path=0.0, remedy="run the earlier phases 
 
 
 @torch.no_grad()
-def load_prompts(path, clip, classes, remedy="run the earlier phases first (--phase all runs them in order)"):
+def load_prompts(path, clip, classes):
     """OUT/prompts.pt -> u^b (K, E)"""
-    state = read_checkpoint(path, "vectors", remedy)
+    state = read_checkpoint(path, "vectors", EARLIER)
     check_classes(path, state, classes)
     vectors = state["vectors"].to(clip.token_embedding.weight.device)
     if vectors.shape[2] != clip.text_width:
@@ -554,7 +560,7 @@ class Split:
                 raise InputError(f"{where}: no photo {cells[0]!r} in {self.root}; expected a path relative to that folder; "
                                  "correct it, or add the photo")
             if path.stem in self.paths:
-                raise InputError(f"{where}: a second photo named {path.stem}; expected unlike names, as masks are named by them; "
+                raise InputError(f"{where}: a second photo named {path.stem}; expected different names, which masks get too; "
                                  "rename one, or take one line out")
             self.paths[path.stem], self.labels[path.stem] = path, np.isin(self.classes, found)
         self.names = list(self.paths)
@@ -580,8 +586,8 @@ def read_classes(path):
     parts = [[part.strip() for part in line.partition(":")] for line in lines if line and line[0] != "#"]
     classes = [name for name, _, _ in parts]
     if not 0 < len(classes) < 255 or len(set(classes)) < len(classes) or {"", "background"} & set(classes):
-        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} of them unlike; expected 1 to 254, each once, none "
-                         "empty and none called background, which is label 0 anyway; correct it")
+        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} of them different; expected 1 to 254, each once, "
+                         "none empty and none called background, which is label 0 anyway; correct it")
     return classes, [words or name for name, _, words in parts], "# exif: ignore" not in lines
 
 
@@ -634,8 +640,8 @@ def parse_args(argv=None):
     work.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                       help="of matrix products; auto: float32 on a CPU, bfloat16 on a GPU, float16 on one without it")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
-    recipe = parser.add_argument_group("recipe (RECIPES has all of it), and what may be changed of it for the phases that run")
-    recipe.add_argument("--recipe", choices=list(RECIPES), default="voc", help="hyper-parameters of all phases")
+    recipe = parser.add_argument_group("recipe, and overrides for the phases that run (all values: TABLE)")
+    recipe.add_argument("--recipe", choices=list(RECIPES), default="voc", help="hyper-parameters of all phases and the export")
     recipe.add_argument("--steps", type=int, metavar="N", help="length of a phase; a few hundred show whether a data set works")
     recipe.add_argument("--batch", type=int, metavar="N", help="images per step, over all processes; rates are not scaled with it")
     recipe.add_argument("--lambda-b", type=float, metavar="X", help="background term of L_match; larger: bigger masks")
@@ -674,7 +680,7 @@ def main(args):
             model = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K, **options).to(device)
             step_loss = classification
         elif phase == "match":
-            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).freeze_trunk().to(device)
+            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_head_and_fusion().to(device)
             step_loss = partial(matching, clip=clip, u_f=u_f, lambda_b=recipe["lambda_b"])
         elif phase == "prompts":
             generator = load_generator(out / "match.pt", split.classes).to(device)
@@ -682,13 +688,13 @@ def main(args):
             step_loss = partial(prompt_learning, generator=generator, clip=clip, u_f=u_f, lambda_t=recipe["lambda_t"],
                                 repel=recipe["repel"])
         else:
-            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).freeze_trunk().to(device)
+            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_head_and_fusion().to(device)
             u_b = load_prompts(out / "prompts.pt", clip, split.classes)                         # (K, E)
             step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=u_b, lambda_b=recipe["lambda_b"], lambda_r=recipe["lambda_r"])
 
         crops = Crops(split, recipe["crop"], args.seed, recipe["min_area"], recipe["augment"] and phase != "prompts")
-        trunk, rest = ([p for name, p in model.named_parameters() if p.requires_grad and name.startswith("trunk.") == of_trunk]
-                       for of_trunk in (True, False))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trunk, rest = ([p for name, p in trained.items() if name.startswith("trunk.") == of_trunk] for of_trunk in (True, False))
         lr = recipe["lr"]
         optimizer = torch.optim.AdamW([{"params": trunk, "peak": lr * recipe.get("trunk_lr", 1)}, {"params": rest, "peak": lr}],
                                       weight_decay=0.03, fused=device.type == "cuda")
@@ -725,7 +731,7 @@ def main(args):
                 write_file(folder / BACKGROUND, lambda path: path.write_text(state))
                 print("loss of each background score: " + ", ".join(f"{score} {loss:.3f}" for score, loss in losses.items()))
                 print(f"background score {chosen}, of the least loss, for CAMs in {folder}"
-                      + ("; it ends the range: look at the CAMs, and think of a number of your own (WeakTr's is 0.43)"
+                      + ("; the range ends there: look at the CAMs, and think of a number of your own (WeakTr's is 0.43)"
                          if chosen in (SCORES[0], SCORES[-1]) else ""))
         elif rank == 0:
             print(f"no background score is chosen without {out / 'prompts.pt'}: give one to make_pseudo.py --background-score")

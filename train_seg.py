@@ -3,7 +3,7 @@
 A plain ViT reads the photo; Segmenter's mask transformer (Strudel et al. 2021), two more blocks over patches and K + 1 label
 vectors, gives every patch a score for each of the K + 1 labels; the scores are up-sampled:
 
-    score(patch, label) = norm_label <P patch, Q label> of unit vectors, P and Q learned, norm a LayerNorm         [eq. S1]
+    score(patch, label) = LayerNorm over the labels of cos(P patch, Q label), P and Q learned matrices         [eq. S1]
     loss = mean -log softmax(scores)_y over the pixels whose label y is not 255 (ignore)
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv, photos, and label PNGs (0 background, 1..K classes, 255 ignore) of any origin; --labels
@@ -39,7 +39,7 @@ TABLE = {  # SGD with Nesterov momentum 0.9; 264,500 steps are 100 epochs of VOC
     "optimizer":    ("sgd",                            "sgd",                            "adamw"),
     "lr":           (1e-3,                             1e-3,                             1e-3),    # of the decoder
     "trunk_lr":     (0.1,                              0.1,                              0.3),     # the trunk's share of lr
-    "last_lr":      (1e-5,                             1e-5,                             0),       # where (1 - t)^0.9 ends
+    "last_lr":      (1e-5,                             1e-5,                             0),       # of the decoder, at the end
     "weight_decay": (0,                                0,                                1e-4),
     "drop_path":    (0.1,                              0.1,                              0),       # in the trunk
     "dropout":      (0.1,                              0.1,                              0),       # in the decoder
@@ -58,7 +58,7 @@ RECIPES = {name: {key: row[i] for key, row in TABLE.items()} for i, name in enum
 class Segmenter(nn.Module):
     """ViT and mask transformer: image (B, 3, H, W) ImageNet-normalised -> scores (B, K + 1, H, W), background first.
 
-        score(patch, label) = norm_label <P patch, Q label> of unit vectors                                   [eq. S1]"""
+        score(patch, label) = LayerNorm over the labels of cos(P patch, Q label)                              [eq. S1]"""
 
     def __init__(self, vit, num_labels, dropout=0.0):
         super().__init__()
@@ -133,7 +133,7 @@ def segmentation(model, image, labels):
 
 
 def poly_decay(step, steps, last):
-    """The rate at a step, as a share of lr: (1 - t)^0.9, which ends at `last`"""
+    """The rate at a step, as a share of lr: last + (1 - last) (1 - step / steps)^0.9"""
     return last + (1 - last) * (1 - step / steps) ** 0.9
 
 
@@ -163,7 +163,7 @@ def main(args):
     rank, world, device = start_processes(args.device)
     split, out = Split(args.data, args.split), Path(args.out)
     recipe = RECIPES[args.recipe] | {key: value for key, value in vars(args).items() if key in TABLE and value is not None}
-    recipe |= {"seed": args.seed, "split": args.split, "labels": Path(args.labels).resolve().parts[-2:]}
+    recipe |= {"seed": args.seed, "split": args.split, "labels": "/".join(Path(args.labels).resolve().parts[-2:])}
     checkpoint = out / "seg.pt"
     if args.resume and checkpoint.is_file():
         check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", "delete it to train again")["recipe"], recipe)

@@ -75,14 +75,14 @@ class Steps:
         return self.generator, lambda: train_cam.classification(self.generator, self.image, self.labels)[0]["loss"]
 
     def match(self):
-        self.generator.freeze_trunk()
+        self.generator.train_head_and_fusion()
         theirs = lambda: match_loss(*self.official_regions(0.1), 2.4)  # noqa: E731
         data = (self.image, self.labels, self.clip, self.u_f)
         ours = lambda: train_cam.matching(self.generator, *data, 2.4)[0]["loss"]  # noqa: E731
         return self.generator, theirs if self.official else ours
 
     def refine(self):
-        self.generator.freeze_trunk()
+        self.generator.train_head_and_fusion()
 
         def theirs():
             v_f, v_b, u_f = self.official_regions(0.1)

@@ -75,7 +75,7 @@ def test_classes_as_people_write_them(text, tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("\n# cat\n", "0 classes"), ("cat\ncat: lion", "2 classes, 1 of them unlike"), ("cat\n: puppy", "none empty"),
+    ("\n# cat\n", "0 classes"), ("cat\ncat: lion", "2 classes, 1 of them different"), ("cat\n: puppy", "none empty"),
     ("background\ncat", "label 0 anyway"), ("\n".join(map(str, range(255))), "255 classes"), (b"caf\xe9", "not readable")],
     ids=["none", "twice", "nameless", "background", "many", "Latin-1"])
 def test_mistakes_in_classes(text, says, tmp_path):

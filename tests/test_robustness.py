@@ -84,7 +84,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("no classes.txt", lambda w: w.classes.unlink(), FIRST, "{w.classes}: not readable"),
         ("no such split", None, f"{FIRST} --split train_aug", "train_aug.csv: not readable"),
         ("empty csv", lambda w: w.csv.write_text("\n"), FIRST, "{w.csv}: empty"),
-        ("class twice", lambda w: edit(w.classes, "boat", "bird"), FIRST, "{w.classes}: 6 classes, 5 of them unlike"),
+        ("class twice", lambda w: edit(w.classes, "boat", "bird"), FIRST, "{w.classes}: 6 classes, 5 of them different"),
         ("unknown class", lambda w: edit(w.csv, "\n", ";unicorn\n"), FIRST, "{w.csv}, line 1: class 'unicorn'"),
         ("photo twice", lambda w: edit(w.csv, "00001", "00000"), FIRST, "{w.csv}, line 2: a second photo named {w.name}"),
         ("missing photo", lambda w: w.jpg.unlink(), FIRST, "{w.csv}, line 1: no photo 'images/{w.name}.jpg'"),

@@ -105,7 +105,7 @@ def test_eval_writes_what_it_promises(split, what, flags, toy, chain, tmp_path, 
     assert all(0 <= value <= 100 for value in scores) and result["miou"] == pytest.approx(np.mean(scores), abs=1e-5)
     assert f"{result['miou']:.2f}" in table and all(f"{name:>16}" in table for name in result["classes"])
     if what == "cams":
-        assert 0 < result["background_score"] < 1 and "no mask" in result["background_score_chosen"]
+        assert 0 < result["background_score"] < 1 and "no true mask" in result["background_score_chosen"]
         assert "ground truth" in result["oracle"]["background_score_chosen"] and "TUNED ON GROUND TRUTH" in table
     else:
         assert "oracle" not in result and result["background_score"] is None
@@ -155,7 +155,7 @@ def test_full_supervision(toy, tmp_path):
          tmp_path, *TINY, "--batch", 6)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1.5, 3, 4.5]
-    assert torch.load(tmp_path / "seg.pt", weights_only=True)["recipe"]["labels"] == "masks"
+    assert torch.load(tmp_path / "seg.pt", weights_only=True)["recipe"]["labels"] == "data/masks"
 
 
 def test_export_of_a_phase_and_its_background_score(toy, chain, cam, root, tmp_path, capsys):
