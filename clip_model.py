@@ -10,7 +10,7 @@ Both towers share one space of width E; SemPLeS uses the cosine alone, without t
 The numbers are OpenAI's to about 2e-6, relative; in training, only the prompt vectors ever change, never the towers.
 
 Reads: a CLIP checkpoint: a name (downloaded once) or a file, as OpenAI ships it or as a state dict;
-bpe_simple_vocab_16e6.txt.gz, the tokenizer's merges; tests/nouns.txt, words to name a prompt with. Writes nothing else.
+bpe_simple_vocab_16e6.txt.gz, the tokenizer's merges; tests/nouns.txt, words to name a prompt with. Writes only what it downloads.
 
 Where this file departs from OpenAI's code:
     [detail L1] The prompt's full stop is the word-final token 269, which the tokenizer gives for "a photo of a cat.";

@@ -8,7 +8,7 @@ The dense CRF (Krähenbühl and Koltun, "Efficient inference in fully connected 
 edges of the photo. It ties every pixel to every other one by two Gaussian kernels over position p and colour I:
 
     E(x)   = Σ_i ψ(x_i) + Σ_i<j [x_i ≠ x_j] k_ij,      ψ(x_i) = -log prob_i(x_i)                              [eq. C1]
-    k_ij   = w_g exp(-|p_i-p_j|²/2sxy²)  +  w_b exp(-|p_i-p_j|²/2sxy² - |I_i-I_j|²/2srgb²)                    [eq. C2]
+    k_ij   = w_g exp(-|p_i-p_j|²/2s_g²)  +  w_b exp(-|p_i-p_j|²/2s_b² - |I_i-I_j|²/2s_rgb²)                   [eq. C2]
     Q_i(l) ∝ exp( -ψ_i(l) + Σ_j k_ij Q_j(l) ),         Q_i(l) ∝ exp(-ψ_i(l)) to begin with                    [eq. C3]
 
 C3 is repeated ten times: it is the mean field of C1, the best guess that treats every pixel as independent. The sum
@@ -16,7 +16,7 @@ over j is a Gaussian blur of Q in 2 and in 5 dimensions. `dense_crf_slow` adds u
 on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), as the reference implementation pydensecrf does.
 
     [detail C1] The paper leaves j = i out of C3; pydensecrf does not, nor is it left out here.
-    [detail C2] Each kernel is normalised, k_ij / sqrt(n_i n_j) with n_i = Σ_j k_ij: pydensecrf's default.
+    [detail C2] Each of the two kernels g is normalised by itself, g_ij / sqrt(n_i n_j) with n_i = Σ_j g_ij: pydensecrf's default.
     [detail C3] Probabilities are raised to 1e-5 at least, as by pydensecrf's unary_from_softmax.
 
 Reads photos, image-level labels and the CAMs of train_cam.py; writes OUT/NAME.png, class numbers in VOC's palette.
@@ -104,7 +104,7 @@ def crf_features(image, sxy, srgb=None):
     H, W, _ = image.shape
     y, x = torch.meshgrid(*(torch.arange(size, device=image.device) for size in (H, W)), indexing="ij")
     f = torch.stack([x, y]).flatten(1).float()                                                  # (2, V)
-    f = f / f.new_tensor(sxy)  # a tensor, as a GPU would multiply by 1 / number
+    f = f / f.new_tensor(sxy)  # by a tensor: divided by a number, a GPU multiplies by its inverse and rounds differently
     if srgb is not None:
         colour = image.flatten(0, 1).t().float()                                                # (3, V)
         f = torch.cat([f, colour / colour.new_tensor(srgb)])                                    # (5, V)
