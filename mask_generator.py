@@ -1,6 +1,6 @@
 """The mask generator S of SemPLeS: a plain ViT that turns an image into class activation maps (paper, section 3.1).
 
-The paper takes its generator from WeakTr: a DeiT trunk with one class token per class, and three ways to look at it:
+The paper takes its generator from WeakTr: a DeiT trunk with one class token per class, and three quantities:
 
     coarse = conv3x3(patch tokens)                                       coarse CAM                  [eq. W1]
     A      = mean_m w_m A_m,  w = sigmoid(MLP(head features))            adaptive attention fusion   [eq. W2]
@@ -9,7 +9,7 @@ The paper takes its generator from WeakTr: a DeiT trunk with one class token per
 A_m are the attention maps of all L * A heads, A_c2p the rows from class tokens to patches, A_p2p those from patches to
 patches. Three image-level predictions follow (class tokens, pooled coarse, pooled fine), which the classification phase
 trains; the fine one trains the fusion alone. Class tokens and patch tokens are read before the trunk's last norm. fine is the
-CAM, never negative; train_cam.region_masks scales it to the mask M in [0, 1) that CLIP judges. All as in WeakTr, but for two:
+CAM, never negative; train_cam.region_masks scales it to the mask M in [0, 1] that CLIP judges. All as in WeakTr, but for two:
     [detail 1] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
     [detail 2] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
 
