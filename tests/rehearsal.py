@@ -52,12 +52,12 @@ def make_voc(root, photos):
 
 
 def run(script, *flags):
-    """One of our scripts; its time and peak memory, by GNU-like counting of the process itself."""
+    """One of our scripts; its time and, on Linux, its peak memory."""
     words = [script, *(word for flag in flags for word in shlex.split(str(flag)))]
     print("$ python " + shlex.join(words), flush=True)
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "finally: print(f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB', flush=True)")
+            "finally: print('peak memory', *[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line], 'KiB')")
     began = time.time()
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT)
     print(f"{time.time() - began:.0f} s\n", flush=True)
