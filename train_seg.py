@@ -37,13 +37,12 @@ TABLE = {  # SGD with Nesterov momentum 0.9; 264,500 steps are 100 epochs of VOC
     "steps":        (264_500,                          264_500,                          1_050),
     "batch":        (4,                                4,                                8),
     "optimizer":    ("sgd",                            "sgd",                            "adamw"),
-    "lr":           (1e-3,                             1e-3,                             1e-3),    # of the decoder
-    "trunk_lr":     (0.1,                              0.1,                              0.3),     # the trunk's share of lr
+    "lr":           (1e-3,                             1e-3,                             3e-4),    # of the decoder
+    "trunk_lr":     (0.1,                              0.1,                              1),       # the trunk's share of lr
     "last_lr":      (1e-5,                             1e-5,                             0),       # of the decoder, at the end
     "weight_decay": (0,                                0,                                1e-4),
     "drop_path":    (0.1,                              0.1,                              0),       # in the trunk
     "dropout":      (0.1,                              0.1,                              0),       # in the decoder
-    "gain":         (1,                                1,                                3),       # of [eq. S1]'s norm, at first
     "side":         (520,                              520,                              64),      # short side at scale 1
     "scale":        ((0.5, 2),                         (0.5, 2),                         (0.75, 1.5)),  # random, before the crop
     "crop":         (480,                              480,                              64),
@@ -61,7 +60,7 @@ class Segmenter(nn.Module):
 
         score(patch, label) = LayerNorm over the labels of cos(P patch, Q label)                              [eq. S1]"""
 
-    def __init__(self, vit, num_labels, dropout=0.0, gain=1.0):
+    def __init__(self, vit, num_labels, dropout=0.0):
         super().__init__()
         self.trunk, self.num_labels = vit, num_labels
         vit.head = None
@@ -71,7 +70,6 @@ class Segmenter(nn.Module):
         self.norm = nn.LayerNorm(vit.width)
         self.P, self.Q = (nn.Parameter(vit.width ** -0.5 * torch.randn(vit.width, vit.width)) for _ in range(2))
         self.label_norm = nn.LayerNorm(num_labels)
-        nn.init.constant_(self.label_norm.weight, gain)
 
     def forward(self, image):
         tokens, (h, w) = self.trunk(image)
@@ -173,8 +171,7 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     dataset = Labelled(split, args.labels, recipe["side"], recipe["scale"], recipe["crop"], args.seed)
-    vit = load_vit(args.vit, recipe["drop_path"])
-    model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"], recipe["gain"]).to(device)
+    model = Segmenter(load_vit(args.vit, recipe["drop_path"]), len(split.classes) + 1, recipe["dropout"]).to(device)
     decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     groups = [{"params": list(model.trunk.parameters()), "peak": recipe["lr"] * recipe["trunk_lr"]},
               {"params": decoder, "peak": recipe["lr"]}]
