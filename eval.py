@@ -27,7 +27,17 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from clip_model import InputError, read_image, run
-from make_pseudo import PALETTE, PRESETS, background_score, dense_crf, read_cams, read_labels, score_labels, write_labels
+from make_pseudo import (
+    PALETTE,
+    PRESETS,
+    background_score,
+    dense_crf,
+    kind_of_cams,
+    read_cams,
+    read_labels,
+    score_labels,
+    write_labels,
+)
 from train_cam import Split, autocast, check_classes, end_processes, scaled_input, start_processes, sum_over_processes, write_file
 from train_seg import load_segmenter
 
@@ -183,7 +193,7 @@ def parse_args(argv=None):
     images.add_argument("--images", metavar="DIR", help="any photos, to be predicted: --checkpoint and --save go with it")
     what = parser.add_argument_group("what to score (one of --pred, --cams, --checkpoint)")
     what.add_argument("--pred", metavar="DIR", help="label PNGs")
-    what.add_argument("--cams", metavar="DIR", help="CAMs, cut at the background score")
+    what.add_argument("--cams", metavar="DIR", help="CAMs, of train_cam.py or other programs, cut at the background score")
     what.add_argument("--checkpoint", metavar="FILE", help="a segmentation model, seg.pt of train_seg.py")
     what.add_argument("--background-score", default="auto", metavar="T", help="--cams: a number in (0, 1), higher gives smaller "
                       "masks; auto: what the export of train_cam.py chose; no mask is read for it")
@@ -273,6 +283,7 @@ def main(args):
         check_classes(args.checkpoint, {"classes": classes}, split.classes)
     if args.cams:
         score, chosen = background_score(args.background_score, args.cams)
+        kind = kind_of_cams(args.cams, split)
         tries = [score, *(SWEEP if args.oracle_sweep else [])]
 
     def labels_of(name, size):
@@ -337,7 +348,7 @@ def main(args):
     for name, value in result["iou"].items():
         print(f"{name:>16}  {'  absent' if value is None else f'{value:8.2f}'}")
     print(f"{'mIoU':>16}  {result['miou']:8.2f}   {what} {result['source']} on {len(split.names)} images of {args.split}"
-          + (f", background score {tries[0]} ({chosen})" if args.cams else "") + tested)
+          + (f", CAMs {kind}, background score {tries[0]} ({chosen})" if args.cams else "") + tested)
     if args.oracle_sweep:
         scores = [100 * float(np.nanmean(iou(matrix))) for matrix in counts[1:]]
         best = int(np.argmax(scores))

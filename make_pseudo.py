@@ -4,6 +4,11 @@ A pixel i takes the class whose map M is highest there, or background, label 0, 
 
     x_i = argmax (background score, M_1(i), .., M_n(i)),   over the n classes that the image shows            [eq. P1]
 
+With --segments, class-agnostic segments (SAM's, say), each takes one label, that of the mean of M inside it; a smaller segment
+lies on a larger one, and pixels in no segment keep their own M:
+
+    M_k(i) := mean of M_k(j) over the pixels j of s(i),    s(i) the smallest segment that holds i             [eq. P2]
+
 The dense CRF (Krähenbühl and Koltun, "Efficient inference in fully connected CRFs", NIPS 2011) moves these labels to the
 edges of the photo. It ties every pixel to every other one by two Gaussian kernels over position p and colour I:
 
@@ -19,15 +24,18 @@ on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010), as the re
     [detail C2] Each of the two kernels g is normalised by itself, g_ij / sqrt(n_i n_j) with n_i = Σ_j g_ij: pydensecrf's default.
     [detail C3] Probabilities are raised to 1e-5 at least, as by pydensecrf's unary_from_softmax.
 
-Reads photos, image-level labels and the CAMs of train_cam.py; writes OUT/NAME.png, class numbers in VOC's palette.
+Reads photos, image-level labels and the CAMs of train_cam.py or of other programs (docs/data.md); writes OUT/NAME.png, class
+numbers in VOC's palette.
 
     python make_pseudo.py --data runs/toy/data --cams runs/toy/cam/cams --out runs/toy/masks      # started again: goes on
     python make_pseudo.py --data data/VOCdevkit/VOC2012 --split train_aug --cams runs/voc/cams --out runs/voc/masks
     torchrun --nproc-per-node 4 make_pseudo.py ... the same ...                # processes share the images; the same PNGs
 """
 import argparse
+import io
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +67,16 @@ def score_labels(cams, present, background_score):
     """x_i = argmax (background score, M_1(i), .., M_n(i)) [eq. P1]: cams (n, H, W) -> labels uint8 (H, W), 0 or 1 + class."""
     scores = torch.cat([cams.new_full((1, *cams.shape[1:]), background_score), cams])           # (1 + n, H, W)
     return np.array([0, *(1 + present)], np.uint8)[scores.argmax(0).numpy()]
+
+
+def average_in_segments(cams, segments):
+    """M_k(i) := mean of M_k over s(i), the smallest segment that holds i [eq. P2]: cams (n, H, W); segments, the flat indices of
+    their pixels -> cams (n, H, W)"""
+    maps = cams.flatten(1)                                                                      # (n, H*W)
+    averaged = maps.clone()
+    for segment in sorted(map(torch.from_numpy, segments), key=len, reverse=True):  # smaller ones over larger ones
+        averaged[:, segment] = maps[:, segment].mean(dim=1, keepdim=True)
+    return averaged.view(cams.shape)
 
 
 def pseudo_mask(photo, cams, present, background_score, preset, device):
@@ -322,23 +340,132 @@ def read_labels(path, size, num_labels):
     return labels
 
 
-def read_cams(folder, name, present, size):
-    """folder/NAME.npy -> float32 (n, H, W) in [0, 1], one map per present class; size is (H, W) of the photo."""
-    path = Path(folder) / f"{name}.npy"
+class PlainUnpickler(pickle.Unpickler):
+    """Arrays, tensors and plain types; a pickle that names anything else is refused before that is imported or called."""
+
+    def find_class(self, module, name):
+        known = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "collections.OrderedDict": dict,
+                 "multiarray._reconstruct": np.empty(0).__reduce__()[0], "multiarray.scalar": np.float32(0).__reduce__()[0],
+                 "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+                 "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), weights_only=True)}
+        module = {"numpy.core.multiarray": "multiarray", "numpy._core.multiarray": "multiarray"}.get(module, module)
+        if f"{module}.{name}" not in known:
+            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}, which is not executed")
+        return known[f"{module}.{name}"]
+
+
+def load_cams(path, present):
+    """NAME.npy -> (maps float32 (n, h, w) of the present classes, what the file is in words).
+
+    Ours is a plain array. Other programs pickle a dict: {class: map} (PSA, MCTformer, WeakTr) or {"keys": classes, "high_res",
+    "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES); class 0 is the first class, or the background, whose map is left
+    out. Which of the two it is follows from the labels of the photo. Maps beyond [0, 1] are scaled to it, each by itself."""
     try:
-        cams = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: no readable CAMs ({error}); expected the .npy file of train_cam.py --phase export; "
-                         "export again or pass the right folder") from None
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            foreign = read_header(file)[2].hasobject
+            data = PlainUnpickler(file).load() if foreign else np.load(path, allow_pickle=False)
+        if not foreign:
+            return data.astype(np.float32), "of train_cam.py"
+        data = data.item()
+        name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None) if "keys" in data else None
+        ids = [int(k) for k in (data["keys"] if name else data)]
+        maps = dict(zip(ids, data[name] if name else data.values(), strict=True))
+        held, shown, shown_from_1 = set(maps), set(present.tolist()), set((1 + present).tolist())
+        from_0, from_1 = shown <= held, shown_from_1 <= held
+        if from_0 and from_1:  # which of the two, only an exact match can tell
+            from_0, from_1 = held == shown, held in (shown_from_1, shown_from_1 | {0})
+        if from_0 == from_1:
+            raise ValueError(f"its classes are {sorted(maps)}, the photo shows {present.tolist()}, counted from 0")
+        maps = np.stack([np.asarray(maps[k + from_1], np.float32) for k in present])             # (n, h, w)
+        if maps.min() < 0 or maps.max() > 1.001:
+            low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+            maps = (maps - low) / (high - low + 1e-12)
+        kind = f"a dict of keys and {name} (IRN, CLIMS, AMN, CLIP-ES)" if name else "a dict of class and map (MCTformer, WeakTr)"
+        return maps.clip(0, 1), kind + ", with the background as class 0" * from_1
+    except Exception as error:  # a broken pickle raises anything
+        raise InputError(f"{path}: no readable CAMs ({error}); expected the .npy file of train_cam.py --phase export, or a dict of "
+                         "arrays as IRN, CLIMS, MCTformer, WeakTr, CLIP-ES and AMN write; export again or pass the right folder"
+                         ) from None
+
+
+def read_cams(folder, name, present, size):
+    """folder/NAME.npy, ours or another program's -> float32 (n, H, W) in [0, 1], one map per present class; size is (H, W) of
+    the photo."""
+    if len(present) == 0:
+        return torch.zeros(0, *size)
+    path = Path(folder) / f"{name}.npy"
+    cams, kind = load_cams(path, present)
     expected = (len(present), -(-size[0] // 4), -(-size[1] // 4))
-    if cams.shape != expected:
+    if kind == "of train_cam.py" and cams.shape != expected:
         raise InputError(f"{path}: shape {cams.shape}, the image has {len(present)} classes and {size[0]}x{size[1]} pixels; "
                          f"expected {expected}; these CAMs are of another class list or data set: export them again")
     if not np.isfinite(cams).all():
         raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
     # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not.
-    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in cams.astype(np.float32)]
+    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in cams]
     return torch.from_numpy(np.array(maps, np.float32).reshape(len(present), *size))
+
+
+def kind_of_cams(folder, split):
+    """What the first file of a folder of CAMs is, in words."""
+    name = next((name for name in split.names if split.labels[name].any()), split.names[0])
+    present = np.flatnonzero(split.labels[name])
+    return load_cams(Path(folder) / f"{name}.npy", present)[1] if len(present) else "of no class"
+
+
+def run_lengths(rle):
+    """COCO's {"size": [H, W], "counts": ...} -> its runs, of 0 and 1 in turn, down the columns.
+
+    A string holds them in base 32, characters from "0" on, little end first: 32 says that more follows, 16 in the last one that
+    the number is negative. From the fourth on they are differences to the number two before."""
+    if not isinstance(rle["counts"], str):
+        return rle["counts"]
+    runs, value, shift = [], 0, 0
+    for digit in (code - 48 for code in rle["counts"].encode()):
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            value -= (1 << shift) if digit & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def read_segments(folder, name, size):
+    """The segments of a photo of size (H, W), each the flat indices of its pixels. From folder/NAME.json (the output of SAM's
+    automatic mask generator, masks run-length encoded), NAME.npz (a boolean array (s, H, W)) or NAME.png (a label picture, 0 is
+    no segment)."""
+    path = next((path for path in (Path(folder) / f"{name}.{kind}" for kind in ("json", "npz", "png")) if path.is_file()), None)
+    try:
+        if path is None:
+            raise ValueError("no such file")
+        if path.suffix == ".json":
+            data = json.loads(path.read_text())
+            rles = [part["segmentation"] for part in (data["annotations"] if isinstance(data, dict) else data)]
+            masks = []
+            for rle in rles:
+                runs = np.array(run_lengths(rle), np.int64)
+                if tuple(rle["size"]) != size or runs.min() < 0 or runs.sum() != size[0] * size[1]:
+                    raise ValueError(f"a segment of size {rle['size']} and {runs.sum()} pixels")
+                masks.append(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                masks = file[file.files[0]].astype(bool)
+        else:
+            labels = np.asarray(Image.open(path))
+            masks = (labels == label for label in np.unique(labels[labels > 0]))
+        segments = []
+        for mask in masks:
+            if mask.shape != size:
+                raise ValueError(f"a segment of {mask.shape} pixels")
+            segments.append(np.flatnonzero(mask))
+        return [segment for segment in segments if len(segment)]
+    except Exception as error:
+        raise InputError(f"{path or Path(folder) / name}: no readable segments ({type(error).__name__}: {error}); expected for a "
+                         f"photo of {size[0]}x{size[1]} NAME.json of SAM, NAME.npz with a boolean array (segments, H, W), or a "
+                         "label picture NAME.png; make it again") from None
 
 
 def background_score(choice, folder):
@@ -368,12 +495,14 @@ def parse_args(argv=None):
     files = parser.add_argument_group("files")
     files.add_argument("--data", required=True, metavar="ROOT", help="as for train_cam.py; photos and image-level labels are read")
     files.add_argument("--split", default="train", help="as for train_cam.py")
-    files.add_argument("--cams", required=True, metavar="DIR", help="NAME.npy files of train_cam.py")
+    files.add_argument("--cams", required=True, metavar="DIR", help="NAME.npy files of train_cam.py, or of other programs")
     files.add_argument("--out", required=True, metavar="DIR", help="where NAME.png go")
     files.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="make PNGs again that are there")
     masks = parser.add_argument_group("masks")
     masks.add_argument("--background-score", default="auto", metavar="T", help="in (0, 1): higher gives smaller masks; "
                        "auto: what the export of train_cam.py chose without any mask")
+    masks.add_argument("--segments", metavar="DIR", help="class-agnostic segments, each of which takes one label: NAME.json of "
+                       "SAM's automatic mask generator, NAME.npz of boolean masks, or label pictures NAME.png")
     masks.add_argument("--crf", choices=list(PRESETS), default="voc", help="dense CRF preset: voc (WeakTr, SemPLeS), "
                        "irn (IRNet, COCO), prob (CLIP-ES), or none")
     masks.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -385,7 +514,8 @@ def main(args):
     split, kept = Split(args.data, args.split), 0
     score, how = background_score(args.background_score, args.cams)
     if rank == 0:
-        print(f"background score {score} ({how}), CRF {args.crf}, {len(split.names)} images of {args.split}")
+        print(f"CAMs {kind_of_cams(args.cams, split)}; background score {score} ({how}), CRF {args.crf}, "
+              f"{len(split.names)} images of {args.split}")
     for name in tqdm(split.names[rank::world], desc="pseudo masks", disable=None if rank == 0 else True):
         path = Path(args.out) / f"{name}.png"
         if path.exists() and not args.overwrite:
@@ -393,6 +523,8 @@ def main(args):
             continue
         photo, present = np.array(split.image(name)), np.flatnonzero(split.labels[name])
         cams = read_cams(args.cams, name, present, photo.shape[:2])                             # (n, H, W)
+        if args.segments:
+            cams = average_in_segments(cams, read_segments(args.segments, name, photo.shape[:2]))
         write_labels(path, pseudo_mask(photo, cams, present, score, args.crf, device))
     if kept:
         print(f"{kept} masks were there already and are kept, whatever they were made of; --overwrite makes them again")

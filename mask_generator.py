@@ -1,4 +1,4 @@
-"""The mask generator S of SemPLeS: a plain ViT that turns an image into class activation maps (paper, section 3.1).
+"""The mask generator S of SemPLeS: an image becomes class activation maps (paper, section 3.1). A ViT, or a CNN.
 
 The paper takes its generator from WeakTr: a DeiT trunk with one class token per class, and three quantities:
 
@@ -13,28 +13,31 @@ CAM, never negative; train_cam.region_masks scales it to the mask M in [0, 1] th
     [detail 1] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned nothing to attend to.
     [detail 2] Where relu leaves nothing of a map, the gradient that would raise it passes all the same: it can come back.
 
-Reads DeiT checkpoints in their official format, {"model": state dict with timm's names}; sizes are read off the shapes.
+The CNN is a ResNet with the class activation map of Zhou et al. (CVPR 2016), as IRN and CLIMS have it. With f_c its last features:
 
-    python mask_generator.py                                     # downloads DeiT-S once and prints what the file holds
-    python mask_generator.py --vit deit_tiny --image photo.jpg   # and its five ImageNet classes
+    score_k = sum_c w_kc f_c,   CAM_k = relu(score_k),   prediction_k = mean of score_k over all places          [eq. Z1]
+
+Reads DeiT checkpoints ({"model": state dict with timm's names}) and torchvision's ResNets; sizes are read off the shapes.
 """
-import argparse
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision import transforms
-from torchvision.ops import stochastic_depth
+from torchvision.models import get_model_weights, resnet
+from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
-from clip_model import InputError, Linear, fetch_weights, read_image, run
+from clip_model import InputError, Linear, fetch_weights
 
-# Dimension key: B images, K classes, H W pixels, h w patch grid, L layers, A heads, D ViT width, T tokens (K + h*w).
+# Dimension key: B images, K classes, H W pixels, h w grid of patches or CNN places, L layers, A heads, D ViT width,
+#                T tokens (K + h*w).
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEAD_WIDTH = 64  # channels of one attention head, the same in every DeiT
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
 VITS = {"deit_tiny": "deit_tiny_patch16_224-a1311bcf.pth", "deit_small": "deit_small_patch16_224-cd65a155.pth",
         "deit_base": "deit_base_patch16_224-b5f2ef4d.pth"}  # named by the head of their SHA-256
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]  # torchvision's first weights (V1), on which published CAMs rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,30 +147,14 @@ def load_vit(path, drop_path=0.0):
     float32; patch, width, depth and grid come from the shapes; every key is used. Raises InputError for anything else."""
     if path in VITS:
         path = fetch_weights(DEIT + VITS[path], VITS[path][-12:-4])
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a DeiT checkpoint, or one of {', '.join(VITS)}, which are downloaded; "
-                         "pass it with --vit") from None
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected a DeiT "
-                         "checkpoint; download it again") from None
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    missing = {"patch_embed.proj.weight", "blocks.0.norm1.weight", "pos_embed", "cls_token", "norm.weight"} - set(state)
-    if missing:
-        raise InputError(f"{path}: not a DeiT checkpoint (no {sorted(missing)[0]}); expected timm's key names; "
-                         "pass a DeiT file (not a distilled one) with --vit")
-    state = {key: value.float() for key, value in state.items()}
+    keys = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "pos_embed", "cls_token")
+    state = read_weights(path, keys, "a plain DeiT", "--vit")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)  # DeiT's grids are square
     layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     vit = ViT(patch, width, layers, (side, side), state["head.weight"].shape[0] if "head.weight" in state else 0,
               drop_path)
-    try:
-        vit.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{path}: not a plain DeiT ({str(error).splitlines()[1].strip()}); expected exactly the keys of "
-                         "a DeiT without distillation; pass such a file with --vit") from None
+    load_all(vit, state, path, "a plain DeiT", "--vit")
     return vit
 
 
@@ -212,6 +199,8 @@ class MaskGenerator(nn.Module):
 
         coarse = conv3x3(patch tokens)  [eq. W1]      fine = A_p2p (A_c2p * relu(coarse))  [eq. W3]"""
 
+    kind, predictions = "vit", ("tokens", "coarse", "fine")
+
     def __init__(self, vit, num_classes, class_attention=True, pool="max", reduction=8):
         super().__init__()
         self.options = {"class_attention": class_attention, "pool": pool, "reduction": reduction}
@@ -222,8 +211,8 @@ class MaskGenerator(nn.Module):
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
         self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH, reduction)
 
-    def train_head_and_fusion(self):
-        """As matching and refinement do: trunk and class tokens stay. Returns self."""
+    def train_through_clip(self):
+        """What matching and refinement train: head and fusion; trunk and class tokens stay. Returns self."""
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         self.fusion.requires_grad_(True)
@@ -252,31 +241,103 @@ class MaskGenerator(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The CNN: a ResNet (He et al. 2016) and the classic class activation map
+# ---------------------------------------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Shows what a DeiT checkpoint holds, and what it sees in a photo.")
-    parser.add_argument("--vit", default="deit_small", metavar="CKPT", help="a DeiT checkpoint in its official format, or a name "
-                        f"to download once: {', '.join(VITS)} (default: %(default)s)")
-    parser.add_argument("--image", metavar="FILE", help="a photo to classify with the checkpoint's own ImageNet head")
-    return parser.parse_args(argv)
+class ResNet(nn.Module):
+    """torchvision's ResNet, of any size, up to its last features: (B, 3, H, W) -> (B, width, h, w), h = H / patch rounded up.
+
+    patch is 16: the last stage keeps its resolution, by dilation instead of stride. A conv1 of 3x3, as ResNets for small images
+    have it, has stride 1 and no pooling behind it: patch is 4 then. Batch norm stands still, as in IRN: batches are small."""
+
+    def __init__(self, block="Bottleneck", layers=(3, 4, 6, 3), first=64, stem=7, norm=FrozenBatchNorm2d):
+        super().__init__()
+        self.sizes = {"block": block, "layers": list(layers), "first": first, "stem": stem}
+        small, block = stem == 3, getattr(resnet, block)
+        self.patch, width = 4 if small else 16, first
+        self.conv1 = nn.Conv2d(3, first, stem, stride=1 if small else 2, padding=stem // 2, bias=False)
+        self.bn1 = norm(first)
+        self.pool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        for i, count in enumerate(layers):
+            stride, out, blocks = 1 if i == 0 else 2, block.expansion * first * 2**i, []
+            for j in range(count):
+                shortcut = None
+                if j == 0 and (stride, width) != (1, out):
+                    shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), norm(out))
+                blocks.append(block(width, first * 2**i, stride if j == 0 else 1, shortcut, norm_layer=norm))
+                width = out
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.width = width
+        for conv in (module for module in self.layer4.modules() if isinstance(module, nn.Conv2d)):
+            if conv.stride == (2, 2):
+                conv.stride = (1, 1)
+            elif conv.kernel_size == (3, 3):  # sees twice as many places now: looks at every other one
+                conv.dilation = conv.padding = (2, 2)
+
+    def forward(self, image):
+        x = self.pool(self.bn1(self.conv1(image)).relu())
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
-def main(args):
-    vit = load_vit(args.vit).eval()
-    print(f"{args.vit}: patch {vit.patch}, width {vit.width}, {len(vit.blocks)} layers, grid {vit.grid}, "
-          f"{sum(p.numel() for p in vit.parameters()):,} parameters")
-    if args.image:
-        if vit.head is None:
-            raise InputError(f"{args.vit}: has no classification head; pass a checkpoint that kept it")
-        side = vit.grid[0] * vit.patch
-        view = transforms.Compose([transforms.Resize(side * 8 // 7, transforms.InterpolationMode.BICUBIC),
-                                   transforms.CenterCrop(side), transforms.ToTensor(),
-                                   transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-        with torch.no_grad():
-            top = vit.classify(view(read_image(args.image))[None]).softmax(dim=1)[0].topk(5)
-        for probability, index in zip(*top):
-            print(f"class {index:4d}  {probability:.3f}")
+class CNNGenerator(nn.Module):
+    """S as a CNN, with the interface of MaskGenerator:  score_k = sum_c w_kc f_c,  CAM_k = relu(score_k)      [eq. Z1]"""
+
+    kind, predictions = "resnet", ("pooled",)
+
+    def __init__(self, trunk, num_classes):
+        super().__init__()
+        self.options, self.trunk = {}, trunk
+        self.head = nn.Conv2d(trunk.width, num_classes, 1, bias=False)
+
+    def train_through_clip(self):
+        """What matching and refinement train: all of it, the trunk at its own low rate (trunk_lr), as CLIMS does. Returns self."""
+        return self
+
+    def forward(self, image):
+        """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w), non-negative, and logits (1, B, K)."""
+        score = self.head(self.trunk(image))                                    # [eq. Z1]      # (B, K, h, w)
+        return Rectify.apply(score), score.mean(dim=(2, 3))[None]
 
 
-if __name__ == "__main__":
-    run(main, parse_args())
+def load_resnet(path):
+    """A name of RESNETS (downloaded once) or a torchvision state dict -> ResNet; its classifier fc.* is left out.
+
+    float32; every other key is used. Raises InputError for anything else."""
+    if path in RESNETS:
+        url = get_model_weights(path).IMAGENET1K_V1.url
+        path = fetch_weights(url, url.rpartition("-")[2][:-4])
+    state = read_weights(path, ("conv1.weight", "bn1.weight", "layer4.0.conv1.weight"), "torchvision's ResNet", "--resnet")
+    stages = re.findall(r"\blayer(\d)\.(\d+)\.conv1\.weight", " ".join(state))
+    first, _, stem, _ = state["conv1.weight"].shape
+    trunk = ResNet("Bottleneck" if "layer1.0.conv3.weight" in state else "BasicBlock",
+                   [sum(stage == number for stage, _ in stages) for number in "1234"], first, stem)
+    load_all(trunk, {key: value for key, value in state.items() if not key.startswith("fc.") and "num_batches" not in key},
+             path, "torchvision's ResNet", "--resnet")
+    return trunk
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_weights(path, keys, what, flag):
+    """A checkpoint {"model": state dict} or a bare state dict, which has these keys among others -> the state dict, float32."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected {what}: a name of {', '.join([*VITS, *RESNETS])}, which are downloaded, "
+                         f"or a file; pass it with {flag}") from None
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected {what}; "
+                         "download it again") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise InputError(f"{path}: not {what} (no {missing[0]}); expected such a file; pass it with {flag}")
+    return {key: value.float() for key, value in state.items()}
+
+
+def load_all(model, state, path, what, flag):
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not {what} ({str(error).splitlines()[1].strip()}); expected exactly its keys; "
+                         f"pass such a file with {flag}") from None

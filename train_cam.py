@@ -11,10 +11,11 @@
 
     --phase     what trains                          starts from                       loss
     classify    all of S                             an ImageNet trunk                 multi-label soft margin
-    match       head and attention fusion of S       classify.pt                       L_match
+    match       head and attention fusion of S *     classify.pt                       L_match
     prompts     the vectors p                        random; regions of match.pt       L_prompt
-    refine      head and attention fusion of S       classify.pt, prompts.pt           L_total
+    refine      head and attention fusion of S *     classify.pt, prompts.pt           L_total
     export      nothing: writes the CAMs of refine.pt and, with prompts.pt, the background score that goes with them
+    * of the ViT; of the CNN (--generator resnet, chosen in classify) all of it, the trunk at a lower rate
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md); never a mask. Writes OUT/{classify,match,prompts,refine}.pt,
 OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy, OUT/cams/background.json.
@@ -57,7 +58,7 @@ from clip_model import (
     run,
     tokenize,
 )
-from mask_generator import IMAGENET_MEAN, IMAGENET_STD, MaskGenerator, ViT, load_vit
+from mask_generator import IMAGENET_MEAN, IMAGENET_STD, CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit
 
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length,
 #                R side of CLIP's input.
@@ -76,6 +77,7 @@ TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; step
     ("match", "steps"):              (9_900,       153_900,        304),
     ("match", "batch"):              (64,          32,             16),
     ("match", "lr"):                 (6.4e-5,      3.2e-7,         1e-3),
+    ("match", "trunk_lr"):           (0.1,         0.1,            0.02),         # of a CNN; a ViT's trunk stands still
     ("match", "lambda_b"):           (2.4,         0.75,           0.75),
     ("prompts", "steps"):            (4_920,       38_460,         190),
     ("prompts", "batch"):            (128,         128,            32),
@@ -86,6 +88,7 @@ TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; step
     ("refine", "steps"):             (9_900,       205_200,        304),
     ("refine", "batch"):             (64,          24,             16),
     ("refine", "lr"):                (6.4e-5,      2.4e-7,         1e-3),
+    ("refine", "trunk_lr"):          (0.1,         0.1,            0.02),
     ("refine", "lambda_b"):          (2.4,         0.75,           0.75),
     ("refine", "lambda_r"):          (0.05,        0.2,            1),
     ("views", "crop"):               (224,         224,            64),           # side in pixels
@@ -214,12 +217,12 @@ class Prompts(nn.Module):
 # u_f and u_b are (K, E), a row a class
 # ---------------------------------------------------------------------------------------------------------------------
 
-def classification(generator, image, labels):
-    """loss = 1/3 sum_j mean_k -(y_k log σ(z_jk) + (1 - y_k) log σ(-z_jk)): multi-label soft margin of S's three predictions z"""
-    _, (tokens, coarse, fine) = generator(image)                                                # (B, K) each
-    values = {name: F.multilabel_soft_margin_loss(z.float(), labels.to(image.device)) for name, z in
-              (("tokens", tokens), ("coarse", coarse), ("fine", fine))}
-    return {"loss": sum(values.values()) / 3, **values}, len(image)
+def classification(generator, image, labels, predictions):
+    """loss = mean_jk -(y_k log σ(z_jk) + (1 - y_k) log σ(-z_jk)): multi-label soft margin of S's predictions z, of which a ViT
+    has three, tokens, coarse and fine, and a CNN one"""
+    _, logits = generator(image)                                                                # (3, B, K) or (1, B, K)
+    losses = [F.multilabel_soft_margin_loss(z.float(), labels.to(image.device)) for z in logits]
+    return {"loss": sum(losses) / len(losses), **dict(zip(predictions, losses))}, len(image)
 
 
 def matching(generator, image, labels, clip, u_f, lambda_b):
@@ -511,19 +514,27 @@ EARLIER = "run the earlier phases first (--phase all runs them in order)"
 
 
 def load_generator(path, classes, drop_path=0.0):
-    """A phase's checkpoint -> MaskGenerator in eval mode, on the CPU."""
+    """A phase's checkpoint -> MaskGenerator or CNNGenerator, as it was trained, in eval mode, on the CPU."""
     state = read_checkpoint(path, "generator", EARLIER)
     check_classes(path, state, classes)
-    generator = MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])
+    if "vit" in state:
+        generator = MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])
+    else:
+        generator = CNNGenerator(ResNet(**state["resnet"]), len(classes))
     generator.load_state_dict(state["generator"])
     return generator.eval()
 
 
 @torch.no_grad()
-def load_prompts(path, clip, classes):
-    """OUT/prompts.pt -> u^b (K, E)"""
+def load_background(words, path, clip, split):
+    """u^b (K, E): of the learned prompts OUT/prompts.pt, or, where the file `words` is given, of words written by hand, as CLIMS
+    and CLIP-ES have them: the mean of the unit vectors E_T("a photo of {word}.") of a class's words."""
+    if words:
+        written = read_background_words(Path(words), split.classes)
+        device = clip.token_embedding.weight.device
+        return torch.stack([F.normalize(class_texts(clip, row, device).float(), dim=1).mean(dim=0) for row in written])
     state = read_checkpoint(path, "vectors", EARLIER)
-    check_classes(path, state, classes)
+    check_classes(path, state, split.classes)
     vectors = state["vectors"].to(clip.token_embedding.weight.device)
     if vectors.shape[2] != clip.text_width:
         raise InputError(f"{path}: prompts of width {vectors.shape[2]}, this CLIP's is {clip.text_width}; expected those learned "
@@ -579,6 +590,18 @@ def read_text(path, remedy):
         raise InputError(f"{path}: not readable ({getattr(error, 'strerror', None) or error}); {remedy}") from None
 
 
+def read_background_words(path, classes):
+    """`class: word, word, ...` a line, every class once -> [[word, ...], ...] in class order"""
+    lines = read_text(path, "expected `class: word, word, ...` a line").splitlines()
+    lines = [line.partition(":") for line in lines if line.strip()]
+    found = {name.strip(): [word.strip() for word in words.split(",") if word.strip()] for name, _, words in lines}
+    if len(lines) != len(classes) or set(found) != set(classes) or not all(found.values()):
+        odd = sorted(set(found) ^ set(classes)) or [name for name, words in found.items() if not words] or ["a class twice"]
+        raise InputError(f"{path}: {odd[0]}; expected a line `class: word, word, ...` for each of the {len(classes)} classes of "
+                         "classes.txt, with a word or more; correct it")
+    return [found[name] for name in classes]
+
+
 def read_classes(path):
     """classes.txt, `name` or `name: words for CLIP` a line -> classes, words, whether EXIF orientation counts"""
     lines = [line.strip() for line in read_text(path, "expected a class a line, beside the lists of photos; prepare/voc.py and "
@@ -628,6 +651,12 @@ def parse_args(argv=None):
     files.add_argument("--clip", default="ViT-B/32", metavar="NAME", help="CLIP by name, downloaded once, or a checkpoint file")
     files.add_argument("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT that classify starts from: "
                        "a name, downloaded once, or a checkpoint file")
+    files.add_argument("--generator", choices=["vit", "resnet"], default="vit", help="S, chosen in classify; the later phases and "
+                       "the export read from its checkpoint which it is")
+    files.add_argument("--resnet", default="resnet50", metavar="NAME", help="as --vit, for --generator resnet: a ResNet of "
+                       "torchvision")
+    files.add_argument("--background-words", metavar="FILE", help="refine, export: words written by hand, `class: word, word` a "
+                       "line, in the place of the learned prompts")
     files.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, log and CAMs")
     files.add_argument("--checkpoint", metavar="FILE", help="export: the generator whose CAMs are written (default OUT/refine.pt)")
     files.add_argument("--cams", metavar="DIR", help="export: where the CAMs go (default OUT/cams)")
@@ -660,27 +689,34 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     K, phases = len(split.classes), [args.phase] if args.phase != "all" else [*PHASES, "export"]
     export = "export" in phases
-    needs_clip = phases != ["classify"] and (phases != ["export"] or (out / "prompts.pt").is_file())
+    has_prompts = bool(args.background_words) or (out / "prompts.pt").is_file()
+    needs_clip = phases != ["classify"] and (phases != ["export"] or has_prompts)
     clip = load_clip(args.clip, device) if needs_clip else None
     u_f = class_texts(clip, split.words, device) if clip else None                              # (K, E)
+    background = partial(load_background, args.background_words, out / "prompts.pt", clip, split)  # () -> u_b (K, E)
 
     # ------------------------------------------------------------------------------------------ train
     for phase in [phase for phase in phases if phase != "export"]:
         recipe = RECIPES[args.recipe][phase] | RECIPES[args.recipe]["views"]
         recipe |= {key: value for key, value in vars(args).items() if key in recipe and value is not None}
         recipe |= {"seed": args.seed, "split": args.split, "classes": split.classes}
-        recipe |= {"clip": Path(args.clip).name, "vit": Path(args.vit).name}  # the names: folders may have moved
+        recipe |= {name: Path(getattr(args, name)).name for name in ("clip", args.generator)}  # the names: folders may have moved
+        if phase == "refine" and args.background_words:
+            recipe["background_words"] = read_background_words(Path(args.background_words), split.classes)
         checkpoint = out / f"{phase}.pt"
         if args.resume and checkpoint.is_file():
             check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", f"delete it to run {phase} again")["recipe"], recipe)
             continue
         torch.manual_seed(args.seed)
         if phase == "classify":
-            options = {key: recipe[key] for key in ("class_attention", "pool", "reduction")}
-            model = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K, **options).to(device)
-            step_loss = classification
+            if args.generator == "vit":
+                options = {key: recipe[key] for key in ("class_attention", "pool", "reduction")}
+                model = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K, **options).to(device)
+            else:
+                model = CNNGenerator(load_resnet(args.resnet), K).to(device)
+            step_loss = partial(classification, predictions=model.predictions)
         elif phase == "match":
-            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_head_and_fusion().to(device)
+            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_through_clip().to(device)
             step_loss = partial(matching, clip=clip, u_f=u_f, lambda_b=recipe["lambda_b"])
         elif phase == "prompts":
             generator = load_generator(out / "match.pt", split.classes).to(device)
@@ -688,9 +724,9 @@ def main(args):
             step_loss = partial(prompt_learning, generator=generator, clip=clip, u_f=u_f, lambda_t=recipe["lambda_t"],
                                 repel=recipe["repel"])
         else:
-            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_head_and_fusion().to(device)
-            u_b = load_prompts(out / "prompts.pt", clip, split.classes)                         # (K, E)
-            step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=u_b, lambda_b=recipe["lambda_b"], lambda_r=recipe["lambda_r"])
+            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_through_clip().to(device)
+            step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=background(), lambda_b=recipe["lambda_b"],
+                                lambda_r=recipe["lambda_r"])
 
         crops = Crops(split, recipe["crop"], args.seed, recipe["min_area"], recipe["augment"] and phase != "prompts")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -706,7 +742,7 @@ def main(args):
         if phase == "prompts":
             state["vectors"] = model.vectors.detach().cpu()
         else:
-            state |= {"generator": model.state_dict(), "vit": model.trunk.sizes, "options": model.options}
+            state |= {"generator": model.state_dict(), model.kind: model.trunk.sizes, "options": model.options}
         if rank == 0:
             if phase == "prompts":
                 write_nearest_words(out / "prompts.txt", model, clip, split)
@@ -723,8 +759,7 @@ def main(args):
         export_cams(generator, split, folder, RECIPES[args.recipe]["export"]["scales"], args.precision, device, rank, world)
         wait_for_all()
         if clip:
-            u_b = load_prompts(out / "prompts.pt", clip, split.classes)                         # (K, E)
-            losses = background_losses(clip, u_f, u_b, split, folder, args.precision, device, rank, world)
+            losses = background_losses(clip, u_f, background(), split, folder, args.precision, device, rank, world)
             chosen = min(losses, key=losses.get)
             if rank == 0:
                 state = json.dumps({"background_score": chosen, "losses": losses}, indent=1)

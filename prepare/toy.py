@@ -1,12 +1,12 @@
-"""The toy world: a data set like PASCAL VOC 2012 in miniature, a small CLIP and a small pretrained ViT, made from a seed.
+"""The toy world: a data set like PASCAL VOC 2012 in miniature, a small CLIP, a small pretrained ViT and ResNet, from a seed.
 
     python prepare/toy.py --out runs/toy [--train 600] [--val 200] [--seed 0]
-    python prepare/toy.py --retrain image text vit     # trains the committed weights again (about 20, 2 and 35 minutes)
+    python prepare/toy.py --retrain image text vit resnet    # the committed weights again (about 20, 2, 35 and 15 minutes)
 
 It carries the paper's story: objects nearly always stand on "their" background (boat on water, train on rails, ...),
 so image-level labels cannot tell the two apart, a classifier's CAM leaks, and the learned prompts must name what leaks.
-Writes OUT/data (classes.txt, train.csv, val.csv, images/NAME.jpg, masks/NAME.png), OUT/clip.pt (OpenAI's state-dict layout)
-and OUT/vit.pth (DeiT's layout). The six scripts read these files like any others.
+Writes OUT/data (classes.txt, train.csv, val.csv, images/NAME.jpg, masks/NAME.png), OUT/clip.pt (OpenAI's state-dict layout),
+OUT/resnet.pth (torchvision's) and OUT/vit.pth (DeiT's). The six scripts read these files like any others.
 
 S is the image side in pixels; a "thing" is an object or a background; things are numbered backgrounds first.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.optim.lr_scheduler import OneCycleLR
@@ -26,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import CLIP, CLIP_MEAN, CLIP_STD, InputError, read_nouns, run, tokenize  # noqa: E402
 from make_pseudo import write_labels  # noqa: E402
-from mask_generator import IMAGENET_MEAN, IMAGENET_STD, ViT  # noqa: E402
+from mask_generator import IMAGENET_MEAN, IMAGENET_STD, ResNet, ViT  # noqa: E402
 from train_cam import write_file  # noqa: E402
 
 S = 64
@@ -222,7 +223,7 @@ def write_data(root, pairs, train, val, seed, cooccurrence):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The small CLIP and the small ViT. Both learn from scenes in which objects and backgrounds are NOT tied.
+# The small CLIP, the small ViT and the small ResNet. All learn from scenes in which objects and backgrounds are NOT tied.
 #
 # The CLIP is made by regression: axis 0 of its space is shared by everything (real CLIP's cosines are all positive),
 # axis 1 + i belongs to thing i, the others to the rest of the noun list, and
@@ -236,6 +237,8 @@ def write_data(root, pairs, train, val, seed, cooccurrence):
 
 SHARED, TIE = 0.75, 0.3
 SIZES = dict(resolution=S, patch=8, width=128, layers=4, text_width=128, text_layers=2, embed_dim=64)
+VIT = dict(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
+RESNET = dict(block="BasicBlock", layers=(1, 1, 1, 1), first=24, stem=3)
 FILLERS = ["a", "the", "of", "and", "with", "on", "in"]
 
 
@@ -405,19 +408,11 @@ def windows(x, top, left, side):
     return x[index, (top[:, None] + torch.arange(side))[:, :, None], (left[:, None] + torch.arange(side))[:, None]]
 
 
-def train_vit(steps=4200, B=48):
-    """The trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture?
+def train_vit(steps=4200):
+    """Answers: the logits of every patch, and those that the mean attention map spreads. [CLS] learns nothing here.
 
-    Pictures are views of untied scenes and, of each view, windows of 12 to 24 pixels with their own labels, all drawn for this,
-    none from the data set. The answer must stand in a tenth of the patches, before and after the attention maps spread it; where
-    a window shows a single thing, in all of them. And a patch must say in the view what it says in the window: what lies outside
-    is not to matter. That keeps tokens and attention local, which in the paper is the work of ImageNet's pretraining. [CLS]
-    learns nothing here.
     Runs in bfloat16, several times as fast on CPUs that have it."""
-    vit = ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
-    images, parts = untied_scenes(24000, seed=2000, empty=0.2)
-    x, rng = normalized(images, IMAGENET_MEAN, IMAGENET_STD), np.random.default_rng(2001)
-    bce = F.binary_cross_entropy_with_logits
+    vit = ViT(**VIT)
 
     def answers(view):
         with torch.autocast("cpu", torch.bfloat16):
@@ -426,6 +421,42 @@ def train_vit(steps=4200, B=48):
             logits = vit.head(vit.norm(tokens[:, 1:]))                                          # (B, h*w, 12)
             spread = p2p / p2p.sum(dim=2, keepdim=True) @ logits
         return [z.float().unflatten(1, (h, w)) for z in (logits, spread)]
+
+    train_trunk("vit", vit.parameters(), answers, steps)
+    return vit
+
+
+def train_resnet(steps=1500):
+    """Answers: the logits of every place. Batch norm learns in training and is measured once more on whole views at the end."""
+    trunk, head = ResNet(**RESNET, norm=nn.BatchNorm2d), nn.Conv2d(8 * RESNET["first"], len(THINGS), 1)
+
+    def answers(view):
+        with torch.autocast("cpu", torch.bfloat16):
+            return [head(trunk(view)).float().movedim(1, 3)]                                    # (B, h, w, 12)
+
+    x = train_trunk("resnet", [*trunk.parameters(), *head.parameters()], answers, steps)
+    norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all that follows
+    with torch.no_grad():
+        for part in x[:2000].split(100):
+            trunk(part)
+    return trunk
+
+
+def train_trunk(title, parameters, answers, steps, B=48):
+    """A trunk's pretraining, in the place of ImageNet's: which of the 12 things are in a picture?
+
+    answers(images) is a list of logits (B, h, w, 12). Returns the images it learned from, normalised.
+
+    Pictures are views of untied scenes and, of each view, windows of 12 to 24 pixels with their own labels, all drawn for this,
+    none from the data set. The answer must stand in a tenth of the patches, before and after the attention maps spread it; where
+    a window shows a single thing, in all of them. And a patch must say in the view what it says in the window: what lies outside
+    is not to matter. That keeps tokens and attention local, which in the paper is the work of ImageNet's pretraining."""
+    images, parts = untied_scenes(24000, seed=2000, empty=0.2)
+    x, rng = normalized(images, IMAGENET_MEAN, IMAGENET_STD), np.random.default_rng(2001)
+    bce = F.binary_cross_entropy_with_logits
 
     def classify(z, labels):
         top = z.flatten(1, 2).topk(max(1, z.shape[1] * z.shape[2] // 10), dim=1).values         # (B, n, 12)
@@ -441,49 +472,53 @@ def train_vit(steps=4200, B=48):
         whole, near = answers(view), answers(window)
         pure = labels.sum(dim=1) == 1
         says = torch.where(pure[:, None, None, None], 1, near[0].detach().sigmoid()) * labels[:, None, None]
-        same = bce(near[0][pure], says[pure]) + bce(near[1], says) + sum(
+        same = bce(near[0][pure], says[pure]) + sum(bce(z, says) for z in near[1:]) + sum(
             bce(windows(z, top // 4, left // 4, side // 4), says) for z in whole)
         return sum(classify(z, shows(part, 10)) for z in whole) + sum(classify(z, labels) for z in near) + 2 * same
 
-    fit("vit", vit.parameters(), loss, steps, peak=1.5e-3, weight_decay=0.05)
-    return vit
+    fit(title, parameters, loss, steps, peak=1.5e-3, weight_decay=0.05)
+    return x
 
 
-def pack(clip, vit):
-    """Both models in one compressed file, half precision; of the 49,408 word embeddings only the rows in use."""
+def pack(clip, vit, trunk):
+    """The three models in one compressed file, half precision; of the 49,408 word embeddings only the rows in use."""
     arrays = {f"clip/{k}": v.half().numpy() for k, v in clip.state_dict().items() if k != "token_embedding.weight"}
     rows = clip.token_embedding.weight.detach()
     used = rows.abs().sum(dim=1).nonzero()[:, 0]
     arrays |= {"rows": used.numpy(), "embeddings": rows[used].half().numpy()}
     arrays |= {f"vit/{k}": v.half().numpy() for k, v in vit.state_dict().items()}
+    arrays |= {f"resnet/{k}": v.half().numpy() for k, v in trunk.state_dict().items() if "num_batches" not in k}
     write_file(WEIGHTS, lambda path: np.savez_compressed(path, **arrays))
 
 
 def unpack():
-    """(CLIP, ViT) from the committed file."""
+    """(CLIP, ViT, ResNet) from the committed file."""
     arrays = {key: torch.from_numpy(value) for key, value in np.load(WEIGHTS).items()}
-    clip, vit = CLIP(**SIZES), ViT(patch=4, width=128, layers=4, grid=(S // 4, S // 4), num_classes=len(THINGS))
+    clip, vit, trunk = CLIP(**SIZES), ViT(**VIT), ResNet(**RESNET)
     embedding = torch.zeros_like(clip.token_embedding.weight)
     embedding[arrays["rows"]] = arrays["embeddings"].float()
-    states = {tower: {k[len(tower):]: v.float() for k, v in arrays.items() if k.startswith(tower)} for tower in ("clip/", "vit/")}
+    states = {tower: {k[len(tower):]: v.float() for k, v in arrays.items() if k.startswith(tower)}
+              for tower in ("clip/", "vit/", "resnet/")}
     clip.load_state_dict(states["clip/"] | {"token_embedding.weight": embedding})
     vit.load_state_dict(states["vit/"])
-    return clip, vit
+    trunk.load_state_dict(states["resnet/"])
+    return clip, vit, trunk
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Makes the toy world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where data/, clip.pt and vit.pth go")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR",
+                        help="where data/, clip.pt, resnet.pth and vit.pth go")
     parser.add_argument("--train", type=int, default=600, help="training images")
     parser.add_argument("--val", type=int, default=200, help="validation images")
     parser.add_argument("--seed", type=int, default=0, help="of the images")
     parser.add_argument("--cooccurrence", type=float, default=0.95, help="how often an object stands on its own background")
     parser.add_argument("--pairs", default="", metavar="boat:grass,cow:road,...", help="other ties than boat:water and so on; "
                         "the small CLIP's text tower learns them too, which takes a minute")
-    parser.add_argument("--retrain", nargs="+", choices=["image", "text", "vit"], default=[], help="train these parts of the "
-                        "committed weights again and stop")
+    parser.add_argument("--retrain", nargs="+", choices=["image", "text", "vit", "resnet"], default=[], help="train these parts "
+                        "of the committed weights again and stop")
     return parser.parse_args(argv)
 
 
@@ -509,7 +544,7 @@ def main(args):
     usual = dict(zip(OBJECTS, BACKGROUNDS))
     torch.manual_seed(0)
     if args.retrain:
-        clip, (committed, vit) = new_clip(), unpack()
+        clip, (committed, vit, trunk) = new_clip(), unpack()
         if "image" in args.retrain:
             train_image_tower(clip)
         else:
@@ -522,11 +557,14 @@ def main(args):
         if "vit" in args.retrain:
             torch.manual_seed(2)
             vit = train_vit()
-        pack(clip, vit)
+        if "resnet" in args.retrain:
+            torch.manual_seed(3)
+            trunk = train_resnet()
+        pack(clip, vit, trunk)
         return
     pairs = read_pairs(args.pairs)
     write_data(args.out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
-    clip, vit = unpack()
+    clip, vit, trunk = unpack()
     if pairs != usual:
         train_text_tower(clip, pairs, steps=600, peak=1e-3)
     with torch.no_grad():
@@ -536,8 +574,9 @@ def main(args):
         print(f"  reads {name:<18}" + "".join(f"{value:6.2f}" for value in row[:5]) + "  |" + "".join(f"{v:6.2f}" for v in row[5:]))
     out = args.out
     write_file(out / "clip.pt", lambda path: torch.save(clip.state_dict(), path))
+    write_file(out / "resnet.pth", lambda path: torch.save(trunk.state_dict(), path))
     write_file(out / "vit.pth", lambda path: torch.save({"model": vit.state_dict()}, path))
-    print(f"{out}: {args.train} training and {args.val} validation images, clip.pt, vit.pth; "
+    print(f"{out}: {args.train} training and {args.val} validation images, clip.pt, resnet.pth, vit.pth; "
           + ", ".join(f"{o} on {b}" for o, b in pairs.items()))
     print(f"""next:
     python train_cam.py   --data {out}/data --recipe toy --clip {out}/clip.pt --vit {out}/vit.pth --out {out}/cam

@@ -71,17 +71,18 @@ class Steps:
 
     def classify(self):
         self.generator.requires_grad_(True)
-        return self.generator, lambda: train_cam.classification(self.generator, self.image, self.labels)[0]["loss"]
+        of = self.generator.predictions
+        return self.generator, lambda: train_cam.classification(self.generator, self.image, self.labels, of)[0]["loss"]
 
     def match(self):
-        self.generator.train_head_and_fusion()
+        self.generator.train_through_clip()
         theirs = lambda: match_loss(*self.official_regions(0.1), 2.4)  # noqa: E731
         data = (self.image, self.labels, self.clip, self.u_f)
         ours = lambda: train_cam.matching(self.generator, *data, 2.4)[0]["loss"]  # noqa: E731
         return self.generator, theirs if self.official else ours
 
     def refine(self):
-        self.generator.train_head_and_fusion()
+        self.generator.train_through_clip()
 
         def theirs():
             v_f, v_b, u_f = self.official_regions(0.1)

@@ -1,6 +1,6 @@
 """The whole method on the toy world, through the command lines of the six scripts. make demo runs this.
 
-    python tests/demo.py --out runs/toy [--seed 0]
+    python tests/demo.py --out runs/toy [--seed 0] [--generator resnet]
 
 Says before every command what it shows. A step whose file is there already is passed over: an interrupted demo goes on where it
 stopped. Ends with a table (mIoU of CAMs and masks on train, of segmentations on val, and the words nearest to each class's
@@ -39,13 +39,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="The whole method on the toy world.")
     parser.add_argument("--out", default="runs/toy", help="folder for everything (default runs/toy)")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of every training (default 0)")
+    parser.add_argument("--generator", choices=["vit", "resnet"], default="vit", 
+                        help="of the CAMs; the segmentation is a ViT (default vit)")
     parser.add_argument("--world", default="", help="further flags for prepare/toy.py, in quotes")
     return parser.parse_args(argv)
 
 
 def main(args):
     began, out = time.time(), args.out
-    wanted, begun = {"seed": args.seed, "world": args.world}, Path(out, "demo.json")
+    wanted, begun = {"seed": args.seed, "world": args.world, "generator": args.generator}, Path(out, "demo.json")
     if begun.is_file() and json.loads(begun.read_text()) != wanted:
         raise InputError(f"{out}: a demo with {begun.read_text()}, now {wanted}; expected the same, to go on; pass another --out")
     begun.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def main(args):
                          ("prompts", "Prompt learning: for each class, vectors that name what comes along with it [eq. 2]"),
                          ("refine", "Refinement: what the mask keeps must not read as that [eq. 3]")]:
         step(title, f"{cam}/{'prompts.txt' if phase == 'prompts' else f'{phase}.pt'}", "train_cam.py", common, trunk, weights,
-             f"--phase {phase}")
+             f"--phase {phase} --generator {args.generator} --resnet {out}/resnet.pth")
     for phase in ("classify", "match", "refine"):  # after the prompts: they help to choose the background score
         step(f"The CAMs of {phase}.pt, and the background score that CLIP and the prompts choose for them",
              f"{out}/cams_{phase}/background.json", "train_cam.py", common, weights,

@@ -105,7 +105,7 @@ def test_all_three_predictions_learn(toy):
     generator = MaskGenerator(load_vit(toy / "vit.pth"), 6, class_attention=False)
     optimizer, losses = torch.optim.AdamW(generator.parameters(), 1e-3), []
     for _ in range(30):
-        values, n = train_cam.classification(generator, image, labels)
+        values, n = train_cam.classification(generator, image, labels, generator.predictions)
         losses.append({name: value.item() for name, value in values.items()})
         optimizer.zero_grad()
         values["loss"].backward()
@@ -162,7 +162,7 @@ def test_background_score_is_the_one_whose_hard_masks_have_the_least_loss(toy, c
     split, folder = Split(toy / "data", "train"), chain / "cam/cams"
     split.names = [name for name in split.names if split.image(name).size == (64, 64)][:5]
     u_f = train_cam.class_texts(clip, split.words, torch.device("cpu"))
-    u_b = train_cam.load_prompts(chain / "cam/prompts.pt", clip, split.classes)
+    u_b = train_cam.load_background(None, chain / "cam/prompts.pt", clip, split)
     losses = train_cam.background_losses(clip, u_f, u_b, split, folder, "auto", torch.device("cpu"), 0, 1)
     assert list(losses) == train_cam.SCORES
     from torchvision.transforms.v2.functional import normalize, pil_to_tensor
