@@ -18,16 +18,21 @@ The CNN is a ResNet with the class activation map of Zhou et al. (CVPR 2016), as
     score_k = sum_c w_kc f_c,   CAM_k = relu(score_k),   prediction_k = mean of score_k over all places          [eq. Z1]
 
 Reads DeiT checkpoints ({"model": state dict with timm's names}) and torchvision's ResNets; sizes are read off the shapes.
+
+    python mask_generator.py                                     # downloads DeiT-S once and prints what the file holds
+    python mask_generator.py --vit deit_tiny --image photo.jpg   # and its five ImageNet classes
 """
+import argparse
 import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision import transforms
 from torchvision.models import get_model_weights, resnet
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
-from clip_model import InputError, Linear, fetch_weights
+from clip_model import InputError, Linear, fetch_weights, read_image, run
 
 # Dimension key: B images, K classes, H W pixels, h w grid of patches or CNN places, L layers, A heads, D ViT width,
 #                T tokens (K + h*w).
@@ -148,13 +153,13 @@ def load_vit(path, drop_path=0.0):
     if path in VITS:
         path = fetch_weights(DEIT + VITS[path], VITS[path][-12:-4])
     keys = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "pos_embed", "cls_token")
-    state = read_weights(path, keys, "a plain DeiT", "--vit")
+    state = read_weights(path, keys, "a DeiT", "--vit")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)  # DeiT's grids are square
     layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     vit = ViT(patch, width, layers, (side, side), state["head.weight"].shape[0] if "head.weight" in state else 0,
               drop_path)
-    load_all(vit, state, path, "a plain DeiT", "--vit")
+    load_all(vit, state, path, "a DeiT", "--vit")
     return vit
 
 
@@ -306,13 +311,13 @@ def load_resnet(path):
     if path in RESNETS:
         url = get_model_weights(path).IMAGENET1K_V1.url
         path = fetch_weights(url, url.rpartition("-")[2][:-4])
-    state = read_weights(path, ("conv1.weight", "bn1.weight", "layer4.0.conv1.weight"), "torchvision's ResNet", "--resnet")
+    state = read_weights(path, ("conv1.weight", "bn1.weight", "layer4.0.conv1.weight"), "a ResNet", "--resnet")
     stages = re.findall(r"\blayer(\d)\.(\d+)\.conv1\.weight", " ".join(state))
     first, _, stem, _ = state["conv1.weight"].shape
     trunk = ResNet("Bottleneck" if "layer1.0.conv3.weight" in state else "BasicBlock",
                    [sum(stage == number for stage, _ in stages) for number in "1234"], first, stem)
     load_all(trunk, {key: value for key, value in state.items() if not key.startswith("fc.") and "num_batches" not in key},
-             path, "torchvision's ResNet", "--resnet")
+             path, "a ResNet", "--resnet")
     return trunk
 
 
@@ -323,15 +328,16 @@ def read_weights(path, keys, what, flag):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {what}: a name of {', '.join([*VITS, *RESNETS])}, which are downloaded, "
-                         f"or a file; pass it with {flag}") from None
+        raise InputError(f"{path}: no such file; expected {what} checkpoint, or a name to download: "
+                         f"{', '.join([*VITS, *RESNETS])}; pass it with {flag}") from None
     except Exception as error:
-        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected {what}; "
+        raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected {what} checkpoint; "
                          "download it again") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
     missing = [key for key in keys if key not in state]
     if missing:
-        raise InputError(f"{path}: not {what} (no {missing[0]}); expected such a file; pass it with {flag}")
+        raise InputError(f"{path}: not {what} checkpoint (no {missing[0]}); expected timm's names for a DeiT, torchvision's for "
+                         f"a ResNet; pass such a file with {flag}")
     return {key: value.float() for key, value in state.items()}
 
 
@@ -339,5 +345,36 @@ def load_all(model, state, path, what, flag):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path}: not {what} ({str(error).splitlines()[1].strip()}); expected exactly its keys; "
+        raise InputError(f"{path}: not {what} checkpoint ({str(error).splitlines()[1].strip()}); expected exactly its keys; "
                          f"pass such a file with {flag}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Shows what a DeiT checkpoint holds, and what it sees in a photo.")
+    parser.add_argument("--vit", default="deit_small", metavar="CKPT", help="a DeiT checkpoint in its official format, or a name "
+                        f"to download once: {', '.join(VITS)} (default: %(default)s)")
+    parser.add_argument("--image", metavar="FILE", help="a photo to classify with the checkpoint's own ImageNet head")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    vit = load_vit(args.vit).eval()
+    print(f"{args.vit}: patch {vit.patch}, width {vit.width}, {len(vit.blocks)} layers, grid {vit.grid}, "
+          f"{sum(p.numel() for p in vit.parameters()):,} parameters")
+    if args.image:
+        if vit.head is None:
+            raise InputError(f"{args.vit}: has no classification head; pass a checkpoint that kept it")
+        side = vit.grid[0] * vit.patch
+        view = transforms.Compose([transforms.Resize(side * 8 // 7, transforms.InterpolationMode.BICUBIC),
+                                   transforms.CenterCrop(side), transforms.ToTensor(),
+                                   transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        with torch.no_grad():
+            top = vit.classify(view(read_image(args.image))[None]).softmax(dim=1)[0].topk(5)
+        for probability, index in zip(*top):
+            print(f"class {index:4d}  {probability:.3f}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

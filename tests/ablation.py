@@ -19,17 +19,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from PIL import Image, ImageDraw
+from skimage.segmentation import felzenszwalb
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "prepare")]
 import toy  # noqa: E402
 
 import eval  # noqa: E402
+import make_pseudo  # noqa: E402
 import train_cam  # noqa: E402
-from clip_model import load_clip, tokenize  # noqa: E402
-from train_cam import PHASES, RECIPES, write_file  # noqa: E402
+from train_cam import PHASES, RECIPES, Split, write_file  # noqa: E402
 
 TOY = copy.deepcopy(RECIPES["toy"])
 
@@ -37,17 +38,31 @@ TOY = copy.deepcopy(RECIPES["toy"])
 class Row(NamedTuple):
     title: str
     scored: str = "refine"  # the phase whose CAMs are scored
-    own: str = ""  # the first phase it trains for itself; "words": refine, with prompts that are written; "": none, it is the chain
+    own: str = ""  # the first phase it trains for itself; "": none, it is the chain
     setting: str = ""  # of its own phases' recipe
     value: object = None
     world: str = ""  # flags of prepare/toy.py
+    words: dict | None = None  # --background-words of its refinement
+    generator: str = "vit"
+    segments: bool = False  # scored are pseudo masks of the CAMs averaged in segments [eq. P2], without a CRF
 
 
+TRUE_WORDS = dict(zip(toy.OBJECTS, toy.BACKGROUNDS))
+# What somebody would write who knows the classes and not the data, as CLIMS lists such words: the likeliest and another one.
+HAND_WORDS = {"boat": "water, sky", "train": "rails, grass", "bird": "sky, grass", "cow": "grass, road", "car": "road, grass",
+              "bottle": "table, wall"}
 ROWS = [
     Row("classification", "classify"),
     Row("matching only", "match"),
     Row("the method"),
-    Row("true background words", own="words"),
+    Row("true background words", own="refine", words=TRUE_WORDS),
+    Row("hand-written background words", own="refine", words=HAND_WORDS),
+    *(Row(f"segments, {name}", scored, segments=True) for name, scored in (("matching", "match"), ("the method", "refine"))),
+    *(Row(f"CNN, {name}", scored, generator="resnet") for name, scored in
+      (("classification", "classify"), ("matching", "match"), ("the method", "refine"))),
+    *(Row(f"CNN, segments, {name}", scored, generator="resnet", segments=True) for name, scored in
+      (("matching", "match"), ("the method", "refine"))),
+    Row("CNN, hand-written background words", own="refine", words=HAND_WORDS, generator="resnet"),
     *(Row(f"L_T {form}", own="prompts", setting="repel", value=form) for form in ("text-log", "image")),
     Row("L_T none", own="prompts", setting="lambda_t", value=0),
     *(Row(f"prompt length {n}", own="prompts", setting="length", value=n) for n in (1, 4)),
@@ -74,40 +89,53 @@ def call(script, *flags):
     script.main(script.parse_args(words))
 
 
-def write_true_words(world, out):
-    """OUT/prompts.pt whose prompts are the word embeddings of the classes' own backgrounds: u_b = E_T("a photo of water.")."""
-    clip = load_clip(world / "clip.pt")
-    ids = tokenize(toy.BACKGROUNDS)[:, 1:2]  # one token each, behind the start token: (6, 1)
-    state = {"phase": "prompts", "classes": toy.OBJECTS, "vectors": clip.token_embedding(ids).detach()}
-    write_file(out / "prompts.pt", lambda path: torch.save(state, path))
+def write_segments(data, folder):
+    """Class-agnostic segments by colour alone (Felzenszwalb and Huttenlocher 2004), label pictures as make_pseudo.py reads them."""
+    split = Split(data, "train")
+    for name in split.names:
+        labels = 1 + felzenszwalb(np.array(split.image(name)), scale=100, sigma=0.5, min_size=20).astype(np.uint16)
+        write_file(folder / f"{name}.png", Image.fromarray(labels).save)
 
 
 def run_row(row, seed, base, args):
     """Train what is missing and what the row does its own way, score it -> base/TITLE/score.json"""
     suffix = row.world.replace(" ", "")
-    world, chain, out = base / f"world{suffix}", base / f"chain{suffix}", base / row.title.replace(" ", "_")
+    world, chain, out = base / f"world{suffix}", base / chain_of(row), base / row.title.replace(" ", "_")
     if not (world / "vit.pth").is_file():  # the last file it writes
         call(toy, f"--out {world} --seed {seed} --train {args.train} --val 1", row.world)
     common = f"--data {world}/data --clip {world}/clip.pt --vit {world}/vit.pth --recipe toy --seed {seed} --workers 0"
+    common += f" --generator {row.generator} --resnet {world}/resnet.pth"
     RECIPES["toy"] = copy.deepcopy(TOY)
     for phase in PHASES:
         call(train_cam, common, f"--out {chain} --phase {phase} --resume")
     folder = out if row.own else chain
     if row.own:
         out.mkdir(exist_ok=True)
-        start = PHASES.index("refine" if row.own == "words" else row.own)
+        start = PHASES.index(row.own)
         for phase in PHASES[:start]:
             shutil.copy(chain / f"{phase}.pt", out)
-        if row.own == "words":
-            write_true_words(world, out)
+        if row.words:
+            (out / "words.txt").write_text("".join(f"{name}: {words}\n" for name, words in row.words.items()))
+            common += f" --background-words {out}/words.txt"
         for phase in PHASES[start:]:
             if row.setting in RECIPES["toy"][phase]:
                 RECIPES["toy"][phase][row.setting] = row.value
             call(train_cam, common, f"--out {out} --phase {phase} --resume")
     RECIPES["toy"]["export"]["scales"] = (1,)
     call(train_cam, common, f"--out {folder} --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams")
-    call(eval, f"--data {world}/data --split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
+    if row.segments:
+        write_segments(world / "data", world / "segments")
+        call(make_pseudo, f"--data {world}/data --cams {out}/cams --out {out}/masks --crf none --segments {world}/segments")
+        call(eval, f"--data {world}/data --split train --pred {out}/masks --json {out}/score.json")
+        shutil.rmtree(out / "masks")
+    else:
+        call(eval, f"--data {world}/data --split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
     shutil.rmtree(out / "cams")
+
+
+def chain_of(row):
+    """The folder of the phases that a row shares with others"""
+    return f"chain{row.world.replace(' ', '')}" + "-resnet" * (row.generator == "resnet")
 
 
 def own_backgrounds(path, world):
@@ -126,9 +154,9 @@ def collect(args):
             out = base / row.title.replace(" ", "_")
             if (out / "score.json").is_file():
                 score = json.loads((out / "score.json").read_text())
-                prompts = (out if row.own == "prompts" else base / f"chain{row.world.replace(' ', '')}") / "prompts.txt"
+                prompts = (out if row.own == "prompts" else base / chain_of(row)) / "prompts.txt"
                 words = own_backgrounds(prompts, row.world) if row.scored == "refine" and row.own in ("", "prompts") else None
-                found.setdefault(row.title, []).append((score["miou"], score["oracle"]["miou"], words))
+                found.setdefault(row.title, []).append((score["miou"], score.get("oracle", {}).get("miou"), words))
     return found
 
 
@@ -141,7 +169,7 @@ def print_table(found):
     for title, scores in found.items():
         miou, best, words = zip(*scores, strict=True)
         named = " ".join(map(str, words)) if words[0] is not None else ""
-        print(f"{title:<36}{spread(miou):>12}{spread(best):>13}   {named:<15}   {len(scores)}")
+        print(f"{title:<36}{spread(miou):>12}{spread(best) if best[0] else '':>13}   {named:<15}   {len(scores)}")
 
 
 def draw(found, path):

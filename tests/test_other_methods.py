@@ -54,7 +54,7 @@ def test_resnet_files_that_are_none(tmp_path, toy, capsys, cam):
     with pytest.raises(SystemExit):
         call("train_cam", "--data", toy / "data", "--generator", "resnet", "--resnet", toy / "vit.pth", "--out", tmp_path,
              "--phase", "classify", *TINY)
-    assert "not torchvision's ResNet (no conv1.weight)" in capsys.readouterr().err
+    assert "not a ResNet checkpoint (no conv1.weight)" in capsys.readouterr().err
 
 
 def test_all_phases_with_the_cnn(toy, cam, tmp_path):
