@@ -36,6 +36,8 @@ import io
 import json
 import math
 import pickle
+import pickletools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,18 +342,54 @@ def read_labels(path, size, num_labels):
     return labels
 
 
+class PickledType:
+    """What a pickle calls numpy.dtype: numbers and "O", a Python object, and nothing made of parts."""
+
+    def __init__(self, name, *_):
+        if not re.fullmatch("b1|[iu][1248]|f[248]|O8?", name):
+            raise pickle.UnpicklingError(f"values of type {name}")
+        self.name, self.order = name, "|"
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+class PickledArray:
+    """What a pickle calls numpy's _reconstruct: .array holds its numbers. NumPy's own would follow pointers found in the bytes."""
+
+    def __init__(self, *_):
+        self.array = None
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, data = state
+        if kind.name[0] == "O":
+            (self.array,), () = data, shape
+        else:
+            self.array = np.frombuffer(data, kind.order + kind.name).reshape(shape, order="F" if fortran else "C")
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Arrays, tensors and plain types; a pickle that names anything else is refused before that is imported or called."""
+    """Numbers, arrays and tensors of them, plain types; a pickle that names anything else is refused before that is imported."""
+
+    KNOWN = {"numpy.ndarray": None, "numpy.dtype": PickledType, "multiarray._reconstruct": PickledArray,
+             "collections.OrderedDict": dict,
+             "multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.order + kind.name)[0],
+             "torch._utils._rebuild_tensor_v2": lambda *parts: torch._utils._rebuild_tensor_v2(*parts).detach(),
+             "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)}
+
+    def __init__(self, file):
+        begin = file.tell()
+        for number, (code, argument, _) in enumerate(pickletools.genops(file)):
+            if number > 5000 or code.name == "LONG_BINPUT" and argument > 5000:  # would take memory, or the stack
+                raise pickle.UnpicklingError("more parts than CAMs have")
+        file.seek(begin)
+        super().__init__(file)
 
     def find_class(self, module, name):
-        known = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "collections.OrderedDict": dict,
-                 "multiarray._reconstruct": np.empty(0).__reduce__()[0], "multiarray.scalar": np.float32(0).__reduce__()[0],
-                 "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-                 "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), weights_only=True)}
-        module = {"numpy.core.multiarray": "multiarray", "numpy._core.multiarray": "multiarray"}.get(module, module)
-        if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}, which is not executed")
-        return known[f"{module}.{name}"]
+        name = f"{module}.{name}".replace("numpy.core.", "").replace("numpy._core.", "")
+        if name not in self.KNOWN:
+            raise pickle.UnpicklingError(f"its pickle asks for {name}, which is not executed")
+        return self.KNOWN[name]
 
 
 def load_cams(path, present):
@@ -368,26 +406,34 @@ def load_cams(path, present):
             data = PlainUnpickler(file).load() if foreign else np.load(path, allow_pickle=False)
         if not foreign:
             return data.astype(np.float32), "of train_cam.py"
-        data = data.item()
+        plain = lambda value: value.array if isinstance(value, PickledArray) else value  # noqa: E731
+        data = plain(data)
         name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None) if "keys" in data else None
-        ids = [int(k) for k in (data["keys"] if name else data)]
-        maps = dict(zip(ids, data[name] if name else data.values(), strict=True))
+        if "keys" in data and not name:
+            raise ValueError(f"a dict of {sorted(data)}, without high_res, attn_highres and cam")
+        ids = [int(k) for k in (plain(data["keys"]) if name else data)]
+        maps = dict(zip(ids, map(plain, plain(data[name]) if name else data.values()), strict=True))
         held, shown, shown_from_1 = set(maps), set(present.tolist()), set((1 + present).tolist())
         from_0, from_1 = shown <= held, shown_from_1 <= held
         if from_0 and from_1:  # which of the two, only an exact match can tell
             from_0, from_1 = held == shown, held in (shown_from_1, shown_from_1 | {0})
         if from_0 == from_1:
             raise ValueError(f"its classes are {sorted(maps)}, the photo shows {present.tolist()}, counted from 0")
-        maps = np.stack([np.asarray(maps[k + from_1], np.float32) for k in present])             # (n, h, w)
+        maps = [maps[k + from_1] for k in present]
+        if not all(len(each.shape) == 2 and 0 < each.shape[0] * each.shape[1] < 2**28 for each in maps):
+            raise ValueError(f"maps of shape {[tuple(each.shape) for each in maps]}")
+        maps = np.stack([np.asarray(each, np.float32) for each in maps])                        # (n, h, w)
+        if not np.isfinite(maps).all():
+            raise ValueError("values that are not finite")
         if maps.min() < 0 or maps.max() > 1.001:
             low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
             maps = (maps - low) / (high - low + 1e-12)
         kind = f"a dict of keys and {name} (IRN, CLIMS, AMN, CLIP-ES)" if name else "a dict of class and map (MCTformer, WeakTr)"
         return maps.clip(0, 1), kind + ", with the background as class 0" * from_1
     except Exception as error:  # a broken pickle raises anything
-        raise InputError(f"{path}: no readable CAMs ({error}); expected the .npy file of train_cam.py --phase export, or a dict of "
-                         "arrays as IRN, CLIMS, MCTformer, WeakTr, CLIP-ES and AMN write; export again or pass the right folder"
-                         ) from None
+        raise InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]}); expected the .npy file of train_cam.py "
+                         "--phase export, or a dict of arrays as IRN, CLIMS, MCTformer, WeakTr, CLIP-ES and AMN write; export "
+                         "again or pass the right folder") from None
 
 
 def read_cams(folder, name, present, size):
@@ -447,14 +493,18 @@ def read_segments(folder, name, size):
             masks = []
             for rle in rles:
                 runs = np.array(run_lengths(rle), np.int64)
-                if tuple(rle["size"]) != size or runs.min() < 0 or runs.sum() != size[0] * size[1]:
+                if tuple(rle["size"]) != size or not 0 <= runs.min() <= runs.max() <= size[0] * size[1] == runs.sum():
                     raise ValueError(f"a segment of size {rle['size']} and {runs.sum()} pixels")
                 masks.append(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T)
         elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                masks = file[file.files[0]].astype(bool)
+                masks = file[file.files[0]]
+            if masks.dtype != bool:
+                raise ValueError(f"values of type {masks.dtype}")
         else:
             labels = np.asarray(Image.open(path))
+            if labels.shape != size:
+                raise ValueError(f"a picture of shape {labels.shape}")
             masks = (labels == label for label in np.unique(labels[labels > 0]))
         segments = []
         for mask in masks:

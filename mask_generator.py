@@ -253,7 +253,8 @@ class ResNet(nn.Module):
     """torchvision's ResNet, of any size, up to its last features: (B, 3, H, W) -> (B, width, h, w), h = H / patch rounded up.
 
     patch is 16: the last stage keeps its resolution, by dilation instead of stride. A conv1 of 3x3, as ResNets for small images
-    have it, has stride 1 and no pooling behind it: patch is 4 then. Batch norm stands still, as in IRN: batches are small."""
+    have it, has stride 1 and no pooling behind it: patch is 4 then. Batch norm stands still, as its statistics do in IRN, since
+    batches are small."""
 
     def __init__(self, block="Bottleneck", layers=(3, 4, 6, 3), first=64, stem=7, norm=FrozenBatchNorm2d):
         super().__init__()
@@ -334,11 +335,12 @@ def read_weights(path, keys, what, flag):
         raise InputError(f"{path}: cannot be read as a PyTorch checkpoint ({type(error).__name__}); expected {what} checkpoint; "
                          "download it again") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
-    missing = [key for key in keys if key not in state]
+    state = {key: value.float() for key, value in state.items() if torch.is_tensor(value)} if isinstance(state, dict) else {}
+    missing = [key for key in keys if key not in state or key == keys[0] and state[key].dim() != 4]  # a convolution
     if missing:
         raise InputError(f"{path}: not {what} checkpoint (no {missing[0]}); expected timm's names for a DeiT, torchvision's for "
                          f"a ResNet; pass such a file with {flag}")
-    return {key: value.float() for key, value in state.items()}
+    return state
 
 
 def load_all(model, state, path, what, flag):

@@ -527,12 +527,11 @@ def load_generator(path, classes, drop_path=0.0):
 
 @torch.no_grad()
 def load_background(words, path, clip, split):
-    """u^b (K, E): of the learned prompts OUT/prompts.pt, or, where the file `words` is given, of words written by hand, as CLIMS
+    """u^b (K, E): of the learned prompts OUT/prompts.pt, or of words written by hand, [[word, ...], ...] in class order, as CLIMS
     and CLIP-ES have them: the mean of the unit vectors E_T("a photo of {word}.") of a class's words."""
     if words:
-        written = read_background_words(Path(words), split.classes)
         device = clip.token_embedding.weight.device
-        return torch.stack([F.normalize(class_texts(clip, row, device).float(), dim=1).mean(dim=0) for row in written])
+        return torch.stack([F.normalize(class_texts(clip, row, device).float(), dim=1).mean(dim=0) for row in words])
     state = read_checkpoint(path, "vectors", EARLIER)
     check_classes(path, state, split.classes)
     vectors = state["vectors"].to(clip.token_embedding.weight.device)
@@ -689,20 +688,25 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     K, phases = len(split.classes), [args.phase] if args.phase != "all" else [*PHASES, "export"]
     export = "export" in phases
-    has_prompts = bool(args.background_words) or (out / "prompts.pt").is_file()
-    needs_clip = phases != ["classify"] and (phases != ["export"] or has_prompts)
+    words = read_background_words(Path(args.background_words), split.classes) if args.background_words else None
+    exported = Path(args.checkpoint or out / "refine.pt")
+    if phases == ["export"] and not words:  # those of the refinement
+        words = read_checkpoint(exported, "generator", EARLIER)["recipe"].get("background_words")
+    needs_clip = phases != ["classify"] and (phases != ["export"] or words or (out / "prompts.pt").is_file())
     clip = load_clip(args.clip, device) if needs_clip else None
     u_f = class_texts(clip, split.words, device) if clip else None                              # (K, E)
-    background = partial(load_background, args.background_words, out / "prompts.pt", clip, split)  # () -> u_b (K, E)
+    background = partial(load_background, words, out / "prompts.pt", clip, split)  # () -> u_b (K, E)
 
     # ------------------------------------------------------------------------------------------ train
     for phase in [phase for phase in phases if phase != "export"]:
         recipe = RECIPES[args.recipe][phase] | RECIPES[args.recipe]["views"]
         recipe |= {key: value for key, value in vars(args).items() if key in recipe and value is not None}
         recipe |= {"seed": args.seed, "split": args.split, "classes": split.classes}
-        recipe |= {name: Path(getattr(args, name)).name for name in ("clip", args.generator)}  # the names: folders may have moved
-        if phase == "refine" and args.background_words:
-            recipe["background_words"] = read_background_words(Path(args.background_words), split.classes)
+        recipe["clip"] = Path(args.clip).name  # the name: folders may have moved
+        if phase == "classify":
+            recipe[args.generator] = Path(getattr(args, args.generator)).name
+        if phase == "refine":
+            recipe["background_words"] = words
         checkpoint = out / f"{phase}.pt"
         if args.resume and checkpoint.is_file():
             check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", f"delete it to run {phase} again")["recipe"], recipe)
@@ -752,7 +756,7 @@ def main(args):
 
     # ------------------------------------------------------------------------------------------ export
     if export:
-        generator = load_generator(args.checkpoint or out / "refine.pt", split.classes).to(device)
+        generator = load_generator(exported, split.classes).to(device)
         folder = Path(args.cams or out / "cams")
         if rank == 0:
             (folder / BACKGROUND).unlink(missing_ok=True)  # that of earlier CAMs
@@ -769,7 +773,8 @@ def main(args):
                       + ("; the range ends there: look at the CAMs, and think of a number of your own (WeakTr's is 0.43)"
                          if chosen in (SCORES[0], SCORES[-1]) else ""))
         elif rank == 0:
-            print(f"no background score is chosen without {out / 'prompts.pt'}: give one to make_pseudo.py --background-score")
+            print(f"no background score is chosen without {out / 'prompts.pt'} or --background-words: "
+                  "give one to make_pseudo.py --background-score")
     end_processes()
 
 

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="The whole method on the toy world.")
     parser.add_argument("--out", default="runs/toy", help="folder for everything (default runs/toy)")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of every training (default 0)")
-    parser.add_argument("--generator", choices=["vit", "resnet"], default="vit", 
+    parser.add_argument("--generator", choices=["vit", "resnet"], default="vit",
                         help="of the CAMs; the segmentation is a ViT (default vit)")
     parser.add_argument("--world", default="", help="further flags for prepare/toy.py, in quotes")
     return parser.parse_args(argv)

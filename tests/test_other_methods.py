@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -135,7 +136,26 @@ def test_malicious_tensor_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("data", [{"keys": [0]}, {7: np.zeros((3, 3))}, [1, 2], {"keys": [0, 1], "cam": np.zeros((1, 3, 3))},
+def pointer_as_object():
+    """An array of objects out of eight bytes: NumPy would follow them."""
+    return Malicious(np.ndarray, (1,), np.dtype("O"), b"12345678")
+
+
+def test_pickled_pointers_and_numbers_are_refused(tmp_path):
+    deep = pickle.dumps({0: 1})
+    for _ in range(6000):
+        deep = deep[:-1] + b"\x85."
+    pointer, record = pickle.dumps({0: pointer_as_object()}), pickle.dumps({0: np.zeros(2, "i4,O")})
+    for data in (pointer, record, deep, b"\x80\x04}r\x00\xc2\xeb\x0b."):
+        with open(tmp_path / "a.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+            file.write(data)
+        with pytest.raises(Exception, match="a.npy: no readable CAMs"):
+            make_pseudo.load_cams(tmp_path / "a.npy", np.array([0]))
+
+
+@pytest.mark.parametrize("data", [{0: np.zeros((1, 3, 3))}, {0: 0.5}, {0: np.full((3, 3), np.nan)}, {"keys": [0], "highres": 1},
+                                  {"keys": [0]}, {7: np.zeros((3, 3))}, [1, 2], {"keys": [0, 1], "cam": np.zeros((1, 3, 3))},
                                   {0: "map"}, {0: np.zeros((3, 3)), 1: np.zeros((3, 3)), 2: np.zeros((3, 3))}])
 def test_dicts_of_something_else_are_refused(data, tmp_path):
     np.save(tmp_path / "a.npy", np.array(data, dtype=object), allow_pickle=True)
@@ -185,12 +205,15 @@ def test_segments_of_every_format_give_the_same_masks(toy, chain, tmp_path):
     assert len(files_in(tmp_path / "crf")) == 12
 
 
-@pytest.mark.parametrize("damage", ["missing", "json", "size", "npz"])
+@pytest.mark.parametrize("damage", ["missing", "json", "size", "runs", "npz"])
 def test_segments_that_do_not_fit_are_refused(damage, toy, chain, tmp_path, capsys):
     if damage == "json":
         (tmp_path / "train_00000.json").write_text("[{")
     elif damage == "size":
         (tmp_path / "train_00000.json").write_text(json.dumps([{"segmentation": {"size": [60000, 60000], "counts": [3600000000]}}]))
+    elif damage == "runs":  # their sum is the photo's, modulo 2^64
+        runs = [2**62] * 4 + [37 * 50]
+        (tmp_path / "train_00000.json").write_text(json.dumps([{"segmentation": {"size": [37, 50], "counts": runs}}]))
     elif damage == "npz":
         np.savez(tmp_path / "train_00000.npz", np.zeros((2, 5, 5), bool))
     line = error_line(capsys, "make_pseudo", "--data", toy / "data", "--cams", chain / "cam/cams", "--background-score", 0.4,
@@ -206,14 +229,15 @@ def test_background_words_take_the_place_of_prompts(toy, chain, cam, tmp_path, c
     words = tmp_path / "words.txt"
     words.write_text("train: rails\nboat: water, sky\nbird: sky\ncow: grass\n\ncar: road\nbottle: table\n")
     split, clip = train_cam.Split(toy / "data", "train"), load_clip(toy / "clip.pt")
-    u_b = train_cam.load_background(words, None, clip, split)
+    u_b = train_cam.load_background(train_cam.read_background_words(words, split.classes), None, clip, split)
     water, sky, rails = torch.nn.functional.normalize(
         clip.encode_text(tokenize([f"a photo of {word}." for word in ("water", "sky", "rails")])).detach(), dim=1)
     assert torch.allclose(u_b[0], (water + sky) / 2, atol=1e-6) and torch.allclose(u_b[1], rails, atol=1e-6)
     shutil.copy(chain / "cam/classify.pt", tmp_path)  # and no prompts.pt
     cam(tmp_path, "--phase", "refine", "--background-words", words)
-    saved = cam(tmp_path, "--phase", "export", "--background-words", words)
+    saved = cam(tmp_path, "--phase", "export")  # with the words of refine.pt
     assert saved["refine"]["recipe"]["background_words"][0] == ["water", "sky"] and (tmp_path / "cams/background.json").is_file()
-    words.write_text(words.read_text().replace("cow: grass", "cow:"))
     flags = ["--data", toy / "data", "--clip", toy / "clip.pt", "--out", tmp_path, "--phase", "refine", *TINY]
+    assert "begun with background_words [['water', 'sky']" in error_line(capsys, "train_cam", *flags, "--resume")
+    words.write_text(words.read_text().replace("cow: grass", "cow:"))
     assert "words.txt: cow; expected a line" in error_line(capsys, "train_cam", *flags, "--background-words", words)
