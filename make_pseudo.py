@@ -392,44 +392,52 @@ class PlainUnpickler(pickle.Unpickler):
         return self.KNOWN[name]
 
 
-def load_cams(path, present):
-    """NAME.npy -> (maps float32 (n, h, w) of the present classes, what the file is in words).
+def foreign_cams(data, present):
+    """The dict of another program -> (maps float32 (n, h, w) of the present classes, what it is in words).
 
-    Ours is a plain array. Other programs pickle a dict: {class: map} (PSA, MCTformer, WeakTr) or {"keys": classes, "high_res",
-    "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES); class 0 is the first class, or the background, whose map is left
-    out. Which of the two it is follows from the labels of the photo. Maps beyond [0, 1] are scaled to it, each by itself."""
+    {class: map} (PSA, MCTformer, WeakTr), or {"keys": classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN,
+    CLIP-ES). Class 0 is the first class or the background, whose map is left out: which, follows from the photo's labels."""
+    plain = lambda value: value.array if isinstance(value, PickledArray) else value  # noqa: E731
+    data = plain(data)
+    if "keys" in data:
+        name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None)
+        if name is None:
+            raise ValueError(f"a dict of {sorted(data)}, without high_res, attn_highres and cam")
+        ids, maps, kind = plain(data["keys"]), plain(data[name]), f"a dict of keys and {name} (IRN, CLIMS, AMN, CLIP-ES)"
+    else:
+        ids, maps, kind = data.keys(), data.values(), "a dict of class and map (PSA, MCTformer, WeakTr)"
+    maps = dict(zip(map(int, ids), map(plain, maps), strict=True))
+    from_0, from_1 = set(present.tolist()), set((1 + present).tolist())
+    fits = [from_0 <= set(maps), from_1 <= set(maps)]
+    if all(fits):  # only an exact match can tell
+        fits = [set(maps) == from_0, set(maps) in (from_1, from_1 | {0})]
+    if fits[0] == fits[1]:
+        raise ValueError(f"its classes are {sorted(maps)}, the photo shows {present.tolist()}, counted from 0")
+    maps = [maps[k + fits[1]] for k in present]
+    if not all(len(cam.shape) == 2 and 0 < cam.shape[0] * cam.shape[1] < 2**28 for cam in maps):
+        raise ValueError(f"maps of shape {[tuple(cam.shape) for cam in maps]}")
+    return np.stack([np.asarray(cam, np.float32) for cam in maps]), kind + ", with the background as class 0" * fits[1]
+
+
+def load_cams(path, present):
+    """NAME.npy, train_cam.py's or another program's -> (maps float32 (n, h, w) of the present classes, what it is in words).
+
+    Another program's maps that leave [0, 1] are scaled to it, each by itself."""
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            foreign = read_header(file)[2].hasobject
-            data = PlainUnpickler(file).load() if foreign else np.load(path, allow_pickle=False)
-        if not foreign:
-            return data.astype(np.float32), "of train_cam.py"
-        plain = lambda value: value.array if isinstance(value, PickledArray) else value  # noqa: E731
-        data = plain(data)
-        name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None) if "keys" in data else None
-        if "keys" in data and not name:
-            raise ValueError(f"a dict of {sorted(data)}, without high_res, attn_highres and cam")
-        ids = [int(k) for k in (plain(data["keys"]) if name else data)]
-        maps = dict(zip(ids, map(plain, plain(data[name]) if name else data.values()), strict=True))
-        held, shown, shown_from_1 = set(maps), set(present.tolist()), set((1 + present).tolist())
-        from_0, from_1 = shown <= held, shown_from_1 <= held
-        if from_0 and from_1:  # which of the two, only an exact match can tell
-            from_0, from_1 = held == shown, held in (shown_from_1, shown_from_1 | {0})
-        if from_0 == from_1:
-            raise ValueError(f"its classes are {sorted(maps)}, the photo shows {present.tolist()}, counted from 0")
-        maps = [maps[k + from_1] for k in present]
-        if not all(len(each.shape) == 2 and 0 < each.shape[0] * each.shape[1] < 2**28 for each in maps):
-            raise ValueError(f"maps of shape {[tuple(each.shape) for each in maps]}")
-        maps = np.stack([np.asarray(each, np.float32) for each in maps])                        # (n, h, w)
+            pickled = read_header(file)[2].hasobject
+            if pickled:
+                maps, kind = foreign_cams(PlainUnpickler(file).load(), present)
+            else:
+                maps, kind = np.load(path, allow_pickle=False).astype(np.float32), "of train_cam.py"
         if not np.isfinite(maps).all():
             raise ValueError("values that are not finite")
-        if maps.min() < 0 or maps.max() > 1.001:
+        if pickled and (maps.min() < 0 or maps.max() > 1.001):
             low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
             maps = (maps - low) / (high - low + 1e-12)
-        kind = f"a dict of keys and {name} (IRN, CLIMS, AMN, CLIP-ES)" if name else "a dict of class and map (MCTformer, WeakTr)"
-        return maps.clip(0, 1), kind + ", with the background as class 0" * from_1
+        return maps, kind
     except Exception as error:  # a broken pickle raises anything
         raise InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]}); expected the .npy file of train_cam.py "
                          "--phase export, or a dict of arrays as IRN, CLIMS, MCTformer, WeakTr, CLIP-ES and AMN write; export "
@@ -437,21 +445,18 @@ def load_cams(path, present):
 
 
 def read_cams(folder, name, present, size):
-    """folder/NAME.npy, ours or another program's -> float32 (n, H, W) in [0, 1], one map per present class; size is (H, W) of
-    the photo."""
+    """folder/NAME.npy -> float32 (n, H, W) in [0, 1], one map per present class; size is (H, W) of the photo."""
+    path = Path(folder) / f"{name}.npy"
     if len(present) == 0:
         return torch.zeros(0, *size)
-    path = Path(folder) / f"{name}.npy"
     cams, kind = load_cams(path, present)
     expected = (len(present), -(-size[0] // 4), -(-size[1] // 4))
     if kind == "of train_cam.py" and cams.shape != expected:
         raise InputError(f"{path}: shape {cams.shape}, the image has {len(present)} classes and {size[0]}x{size[1]} pixels; "
                          f"expected {expected}; these CAMs are of another class list or data set: export them again")
-    if not np.isfinite(cams).all():
-        raise InputError(f"{path}: holds values that are not finite; expected maps in [0, 1]; export them again")
     # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not.
     maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in cams]
-    return torch.from_numpy(np.array(maps, np.float32).reshape(len(present), *size))
+    return torch.from_numpy(np.array(maps, np.float32))
 
 
 def kind_of_cams(folder, split):

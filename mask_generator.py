@@ -336,14 +336,15 @@ def read_weights(path, keys, what, flag):
                          "download it again") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
     state = {key: value.float() for key, value in state.items() if torch.is_tensor(value)} if isinstance(state, dict) else {}
-    missing = [key for key in keys if key not in state or key == keys[0] and state[key].dim() != 4]  # a convolution
-    if missing:
-        raise InputError(f"{path}: not {what} checkpoint (no {missing[0]}); expected timm's names for a DeiT, torchvision's for "
-                         f"a ResNet; pass such a file with {flag}")
+    missing = [key for key in keys if key not in state]
+    if missing or state[keys[0]].dim() != 4:  # the first is a convolution
+        raise InputError(f"{path}: not {what} checkpoint (no {(missing or keys)[0]}); expected timm's names for a DeiT, "
+                         f"torchvision's for a ResNet; pass such a file with {flag}")
     return state
 
 
 def load_all(model, state, path, what, flag):
+    """Into the model goes every key of the file, none is missing; else InputError."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

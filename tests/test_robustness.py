@@ -123,7 +123,7 @@ BAD = {  # script: (what was done, how, further flags, what the message says); {
         ("objects as CAMs", lambda w: np.save(w.npy, np.array([{}]), allow_pickle=True), "", "{w.npy}: no readable CAMs"),
         ("CAMs of other classes", lambda w: np.save(w.npy, np.zeros((5, 10, 13), np.float16)), "", "{w.npy}: shape (5, 10, 13)"),
         ("CAMs of another size", lambda w: np.save(w.npy, np.zeros((1, 16, 16), np.float16)), "", "expected (1, 10, 13)"),
-        ("CAMs of NaN", lambda w: np.save(w.npy, np.load(w.npy) * np.nan), "", "{w.npy}: holds values that are not finite"),
+        ("CAMs of NaN", lambda w: np.save(w.npy, np.load(w.npy) * np.nan), "", "{w.npy}: no readable CAMs (values"),
         ("cut photo", lambda w: cut(w.jpg), "", "{w.jpg}: not a readable image"),
         ("a file where a folder should be", None, "--out {w.out}/refine.pt/new", NO_FOLDER),
         ("no background.json", lambda w: w.auto.unlink(), "", "{w.auto}: no background score found"),
