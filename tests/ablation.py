@@ -14,6 +14,7 @@ import copy
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     world: str = ""  # flags of prepare/toy.py
     words: dict | None = None  # --background-words of its refinement
     generator: str = "vit"
+    edit: tuple = ()  # (script, text, text in its place): its own phases run by the edited script
     segments: bool = False  # scored are pseudo masks of the CAMs averaged in segments [eq. P2], without a CRF
 
 
@@ -66,8 +68,9 @@ ROWS = [
     *(Row(f"L_T {form}", own="prompts", setting="repel", value=form) for form in ("text-log", "image")),
     Row("L_T none", own="prompts", setting="lambda_t", value=0),
     *(Row(f"prompt length {n}", own="prompts", setting="length", value=n) for n in (1, 4)),
-    *(Row(f"lambda_R x {x}", own="refine", setting="lambda_r", value=x * TOY["refine"]["lambda_r"]) for x in (0.25, 0.5, 2, 4)),
+    *(Row(f"lambda_R x {x}", own="refine", setting="lambda_r", value=x * TOY["refine"]["lambda_r"]) for x in (0, 0.25, 0.5, 2, 4)),
     *(Row(f"lambda_T x {x}", own="prompts", setting="lambda_t", value=x * TOY["prompts"]["lambda_t"]) for x in (0.25, 0.5, 2, 4)),
+    Row("no stop of gradient", own="classify", edit=("mask_generator.py", "self.spread(A, coarse.detach())", "self.spread(A, coarse)")),
     *(Row(f"{title}, {name}", scored, world=world) for title, world in (
         *((f"co-occurrence {p} %", f"--cooccurrence {p / 100}") for p in (50, 80, 100)),
         ("other pairs", "--pairs boat:grass,cow:road,car:table,bottle:water"))
@@ -87,6 +90,20 @@ def call(script, *flags):
     words = [word for flag in flags for word in shlex.split(str(flag))]
     print(f"$ python {script.__name__}.py {shlex.join(words)}", flush=True)
     script.main(script.parse_args(words))
+
+
+def call_edited(edit, folder, *flags):
+    """train_cam.py of a copy of the scripts, in folder, that differs in one place"""
+    script, text, replacement = edit
+    folder.mkdir(exist_ok=True)
+    for path in HERE.parent.glob("*.py"):
+        shutil.copy(path, folder)
+    code = (folder / script).read_text()
+    assert code.count(text) == 1, f"{script}: {text!r} stands there {code.count(text)} times"
+    (folder / script).write_text(code.replace(text, replacement))
+    words = [sys.executable, str(folder / "train_cam.py"), *(word for flag in flags for word in shlex.split(str(flag)))]
+    print("$", shlex.join(words), flush=True)
+    subprocess.run(words, check=True)
 
 
 def write_segments(data, folder):
@@ -120,7 +137,10 @@ def run_row(row, seed, base, args):
         for phase in PHASES[start:]:
             if row.setting in RECIPES["toy"][phase]:
                 RECIPES["toy"][phase][row.setting] = row.value
-            call(train_cam, common, f"--out {out} --phase {phase} --resume")
+            if row.edit:
+                call_edited(row.edit, out / "code", common, f"--out {out} --phase {phase} --resume")
+            else:
+                call(train_cam, common, f"--out {out} --phase {phase} --resume")
     RECIPES["toy"]["export"]["scales"] = (1,)
     call(train_cam, common, f"--out {folder} --phase export --checkpoint {folder}/{row.scored}.pt --cams {out}/cams")
     if row.segments:
