@@ -70,7 +70,7 @@ ROWS = [
     *(Row(f"prompt length {n}", own="prompts", setting="length", value=n) for n in (1, 4)),
     *(Row(f"lambda_R x {x}", own="refine", setting="lambda_r", value=x * TOY["refine"]["lambda_r"]) for x in (0, 0.25, 0.5, 2, 4)),
     *(Row(f"lambda_T x {x}", own="prompts", setting="lambda_t", value=x * TOY["prompts"]["lambda_t"]) for x in (0.25, 0.5, 2, 4)),
-    Row("no stop of gradient", own="classify", edit=("mask_generator.py", "self.spread(A, coarse.detach())", "self.spread(A, coarse)")),
+    Row("no stop of gradient", own="classify", edit=("mask_generator.py", "spread(A, coarse.detach())", "spread(A, coarse)")),
     *(Row(f"{title}, {name}", scored, world=world) for title, world in (
         *((f"co-occurrence {p} %", f"--cooccurrence {p / 100}") for p in (50, 80, 100)),
         ("other pairs", "--pairs boat:grass,cow:road,car:table,bottle:water"))
