@@ -343,12 +343,22 @@ def nearest_words(embeddings, words, clip, top=5, template="a photo of {}."):
 # What all six scripts share: the user's mistakes, the device, photos, downloads. Last, the command line of this one
 # ----------------------------------------------------------------------------------------------------------------------
 
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT,
+              errno.EFBIG}
 MAKE_ROOM = "; expected a folder that can be written to, with room; pass another, or make room"
 
 
 class InputError(Exception):
     """A user's mistake: one line naming what was read, what was expected, what fixes it."""
+
+
+def at_least(low):
+    """For argparse, a type: whole numbers from low on"""
+    def whole_number(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {low} on")
+        return int(text)
+    return whole_number
 
 
 def run(main, args):
@@ -375,6 +385,8 @@ def read_image(path, upright=True):
     """A file -> PIL image in RGB, all pixels read. upright: turned as its EXIF orientation says; transparency is dropped."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height}, more than {Image.MAX_IMAGE_PIXELS:,} pixels")
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from clip_model import InputError, read_image, run
+from clip_model import InputError, at_least, read_image, run
 from make_pseudo import (
     PALETTE,
     PRESETS,
@@ -38,11 +38,23 @@ from make_pseudo import (
     score_labels,
     write_labels,
 )
-from train_cam import Split, autocast, check_classes, end_processes, scaled_input, start_processes, sum_over_processes, write_file
+from train_cam import (
+    Split,
+    autocast,
+    check_classes,
+    end_processes,
+    explained,
+    hold,
+    scaled_input,
+    start_processes,
+    sum_over_processes,
+    write_file,
+)
 from train_seg import load_segmenter
 
 # Dimension key: K classes, C = K + 1 labels, H W pixels.
 
+SMALLER = "make the photo smaller, or pass --crf none, fewer --scales or --device cpu"
 LARGEST = 1024  # pixels of the longest side: larger photos are shrunk for model and CRF
 SWEEP = [round(0.02 * i, 2) for i in range(1, 50)]  # background scores that --oracle-sweep tries
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -209,7 +221,7 @@ def parse_args(argv=None):
                        "photo under them. Where a split has no masks, it is predicted and not scored")
     files.add_argument("--json", metavar="FILE", help="the scores")
     files.add_argument("--strip", metavar="FILE", help="pictures: photo, columns, prediction, truth, a photo of each class a row")
-    files.add_argument("--strip-count", type=int, default=8, help="rows of the strip")
+    files.add_argument("--strip-count", type=at_least(1), default=8, help="rows of the strip")
     files.add_argument("--columns", nargs="*", default=[], metavar="CAPTION=DIR",
                        help="more columns for the strip: folders of CAMs or label PNGs")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -259,9 +271,12 @@ def main(args):
                              f"photo or more that end in {' '.join(sorted(PHOTOS))}, with unlike names; masks have their names")
         if Path(args.save).resolve() == Path(args.images).resolve():
             raise InputError(f"{args.save}: holds the photos, which would be overwritten; expected another folder to --save in")
+        if rank == 0:
+            hold(args.save)
         for path in tqdm(paths[rank::world], desc="predict", disable=quiet):
             photo = read_image(path)
-            labels = predict_labels(model, photo, recipe, args.flip, device)
+            with explained("predict", [path.name], SMALLER):
+                labels = predict_labels(model, photo, recipe, args.flip, device)
             write_labels(Path(args.save) / f"{path.stem}.png", labels)
             write_file(Path(args.save) / f"overlays/{path.stem}.jpg", overlay(np.asarray(photo), labels).save)
         if rank == 0:
@@ -278,6 +293,8 @@ def main(args):
     read_from = {truth_folder.resolve(), *(path.resolve().parent for path in split.paths.values())}
     if args.save and Path(args.save).resolve() in read_from:
         raise InputError(f"{args.save}: holds photos or masks of the data, which would be overwritten; expected another folder")
+    if args.save and rank == 0:
+        hold(args.save)
     tries, chosen = [None], None
     if args.checkpoint:
         check_classes(args.checkpoint, {"classes": classes}, split.classes)
@@ -292,7 +309,8 @@ def main(args):
             return [read_labels(f"{args.pred}/{name}.png", size, C)]
         if args.checkpoint:
             ids = [0, *(1 + np.flatnonzero(split.labels[name]))] if args.present_only else slice(None)
-            return [predict_labels(model, split.image(name), recipe, args.flip, device, ids)]
+            with explained("predict", [name], SMALLER):
+                return [predict_labels(model, split.image(name), recipe, args.flip, device, ids)]
         present = np.flatnonzero(split.labels[name])
         cams = read_cams(args.cams, name, present, size or split.image(name).size[::-1])
         return [score_labels(cams, present, score) for score in tries]

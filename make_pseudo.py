@@ -48,7 +48,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clip_model import InputError, run
-from train_cam import BACKGROUND, Split, end_processes, start_processes, write_file
+from train_cam import BACKGROUND, Split, end_processes, explained, hold, start_processes, write_file
 
 # Dimension key: n classes that an image shows, H W pixels, C labels of a CRF, V = H*W, M lattice points,
 #                d features of a pixel (2: x y, or 5: x y r g b).
@@ -325,7 +325,7 @@ def read_labels(path, size, num_labels):
     try:
         with Image.open(path) as picture:
             mode, labels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken chunk a SyntaxError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow, of a broken chunk
         raise InputError(f"{path}: no readable label image ({error}); expected a palette PNG with class numbers; "
                          "write it with make_pseudo.py, or pass the folder that holds it") from None
     if mode not in ("P", "L"):
@@ -568,9 +568,10 @@ def main(args):
     rank, world, device = start_processes(args.device)
     split, kept = Split(args.data, args.split), 0
     score, how = background_score(args.background_score, args.cams)
+    kind = kind_of_cams(args.cams, split)
     if rank == 0:
-        print(f"CAMs {kind_of_cams(args.cams, split)}; background score {score} ({how}), CRF {args.crf}, "
-              f"{len(split.names)} images of {args.split}")
+        hold(args.out)
+        print(f"CAMs {kind}; background score {score} ({how}), CRF {args.crf}, {len(split.names)} images of {args.split}")
     for name in tqdm(split.names[rank::world], desc="pseudo masks", disable=None if rank == 0 else True):
         path = Path(args.out) / f"{name}.png"
         if path.exists() and not args.overwrite:
@@ -580,7 +581,9 @@ def main(args):
         cams = read_cams(args.cams, name, present, photo.shape[:2])                             # (n, H, W)
         if args.segments:
             cams = average_in_segments(cams, read_segments(args.segments, name, photo.shape[:2]))
-        write_labels(path, pseudo_mask(photo, cams, present, score, args.crf, device))
+        with explained("pseudo masks", [name], "make the photo smaller, or pass --crf none"):
+            labels = pseudo_mask(photo, cams, present, score, args.crf, device)
+        write_labels(path, labels)
     if kept:
         print(f"{kept} masks were there already and are kept, whatever they were made of; --overwrite makes them again")
     end_processes()

@@ -27,11 +27,12 @@ OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy, OUT/cams/background.json.
 import argparse
 import csv
 import datetime
+import hashlib
 import json
 import math
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from clip_model import (
     CLIP_STD,
     MAKE_ROOM,
     InputError,
+    at_least,
     load_clip,
     nearest_words,
     pick_device,
@@ -59,6 +61,11 @@ from clip_model import (
     tokenize,
 )
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None
 
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length,
 #                R side of CLIP's input.
@@ -100,6 +107,7 @@ TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; step
 RECIPES = {name: {phase: {key: row[i] for (of, key), row in TABLE.items() if of == phase} for phase, _ in TABLE}
            for i, name in enumerate(("voc", "coco", "toy"))}
 PHASES = ["classify", "match", "prompts", "refine"]
+STARTS_FROM = {"classify": [], "match": ["classify"], "prompts": ["match"], "refine": ["classify", "prompts"]}
 MEAN_COLOUR = [round(255 * value) for value in IMAGENET_MEAN]
 BACKGROUND = "background.json"  # beside exported CAMs: the background score that goes with them
 SCORES = [round(0.05 * i, 2) for i in range(3, 19)]  # those it is chosen from
@@ -277,7 +285,7 @@ def export_cams(generator, split, folder, scales, precision, device, rank, world
         for scale in scales:
             x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(device)
             for flip in (False, True):
-                with autocast(device, precision):
+                with explained("export", [name], "make the photo smaller, or pass --device cpu"), autocast(device, precision):
                     cam, _ = generator(x.flip(3) if flip else x)
                 cam = cam[0, present, None].float()                                             # (n, 1, h, w)
                 total = total + F.interpolate(cam.flip(3) if flip else cam, size=quarter, mode="bilinear", align_corners=False)
@@ -351,33 +359,36 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
     processes go to OUT/log.jsonl (images_per_s; gib, the most GPU memory so far), and all that --resume needs for an exact
     continuation to OUT/PHASE.part."""
     part, steps, start = Path(args.out) / f"{phase}.part", recipe["steps"], 0
-    if steps < 1 or recipe["batch"] < world:
-        raise InputError(f"{phase}: {steps} steps of {recipe['batch']} images for {world} processes; expected one or more, and "
-                         "an image or more for each process; change --steps or --batch")
+    if recipe["batch"] < world:
+        raise InputError(f"{phase}: {recipe['batch']} images a step for {world} processes; expected an image or more for each; "
+                         "change --batch")
     mixed = autocast(device, args.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)  # its small gradients would vanish
     if args.resume and part.is_file():
         state = read_checkpoint(part, "scaler", f"delete it to start {phase} again")
         check_recipe(part, state["recipe"], recipe)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        load_state(part, f"delete it to start {phase} again", (model, state["model"]), (optimizer, state["optimizer"]),
+                   (scaler, state["scaler"]))
         start = state["step"]
     n_images, interval = len(dataset), max(1, steps // 60)
-    loader = DataLoader(dataset, batch_sampler=batches(n_images, recipe["batch"], start, steps, args.seed, rank, world),
-                        num_workers=args.workers, pin_memory=device.type == "cuda")
+    order = partial(batches, n_images, recipe["batch"], steps=steps, seed=args.seed, rank=rank, world=world)
+    loader = DataLoader(dataset, batch_sampler=order(start), num_workers=args.workers, pin_memory=device.type == "cuda")
     parallel = DistributedDataParallel(model.train()) if world > 1 else model.train()
     bar = tqdm(total=steps, initial=start, desc=phase, disable=None if rank == 0 else True)
     began, since_log = time.time(), []  # (images, values, n) of each step since the last log line
-    for step, (image, labels, i) in enumerate(loader, start + 1):
+    loaded = iter(loader)
+    for step in range(start + 1, steps + 1):
         torch.manual_seed(mixed_seed(args.seed, step, rank))  # drop path: a resumed run drops the same
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * decay(step - 1)
-        with mixed:
-            values, n = step_loss(parallel, image.to(device, non_blocking=True), labels)
-        share = n * world / max(1, sum_over_processes(n, device)) if world > 1 else 1  # so that the mean runs over all n
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(values["loss"] * share).backward()
+        names = [dataset.split.names[i] for _, i in next(order(step - 1))]
+        with explained(f"{phase}, step {step}", names, f"lower --batch or --workers; --resume goes on from {part}"):
+            image, labels, i = next(loaded)
+            with mixed:
+                values, n = step_loss(parallel, image.to(device, non_blocking=True), labels)
+            share = n * world / max(1, sum_over_processes(n, device)) if world > 1 else 1  # so that the mean runs over all n
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(values["loss"] * share).backward()
         scaler.step(optimizer)
         scaler.update()
         since_log.append((i, {name: value.detach() for name, value in values.items()}, n))
@@ -398,11 +409,26 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
                "eta_s": round(took / (step - start) * (steps - step)),
                "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0}
         if rank == 0:
+            if step <= start + interval:  # the first line
+                forget_log(args.out, phase, start)
             log(args.out, row)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
                      "recipe": recipe}
             write_file(part, lambda path, state=state: torch.save(state, path))
     bar.close()
+
+
+@contextmanager
+def explained(where, names, remedy):
+    """What the system takes away, memory or a process that loads images, as one line with the names of the images at work."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not out_of_memory and "DataLoader worker (pid" not in str(error):
+            raise
+        what = "out of memory" if out_of_memory else "a process that loads images was killed"
+        raise InputError(f"{where}: {what}, with images {', '.join(names)}; expected memory for them; {remedy}") from None
 
 
 def window_means(rows, device):
@@ -411,6 +437,16 @@ def window_means(rows, device):
     values = {name: torch.stack([values[name] for _, values, _ in rows]).cpu().double() for name in rows[0][1]}  # (steps,)
     total = max(1, sum_over_processes(count.sum(), device).item())
     return {name: round(sum_over_processes((value * count).sum(), device).item() / total, 5) for name, value in values.items()}
+
+
+def forget_log(out, phase, step):
+    """Of OUT/log.jsonl the phase's lines after this step: of a run that was killed before it saved them, or of an earlier one."""
+    path = Path(out) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) if line.endswith("}\n") else {"phase": phase, "step": math.inf} for line in lines]  # a torn line
+    kept = [line for line, row in zip(lines, rows) if row["phase"] != phase or row["step"] <= step]
+    if len(kept) < len(lines):
+        write_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
 
 def log(out, row):
@@ -466,21 +502,37 @@ def sum_over_processes(value, device):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def write_file(path, write):
-    """Call write(temporary path), then put the file in place: a killed run leaves the old file or none, never half.
-
-    Raises InputError where the place is full or cannot be written to."""
+    """Call write(temporary path), then put the file in place: a killed run leaves the old file or none, never half, and what it
+    left of the temporary one is overwritten by the next. Raises InputError where the place is full or cannot be written to."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which PIL and numpy look at
+    temporary = path.with_name(f".writing.{path.name}")  # keeps the suffix, which PIL and numpy look at
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, where the disk is full
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or "no room for all of it"
         raise InputError(f"{path}: cannot be written ({reason}){MAKE_ROOM}") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+HELD = {}  # folder: its open descriptor
+
+
+def hold(folder):
+    """Make a folder that one run at a time may write to. The lock is the system's and ends with the process, however that ends."""
+    folder = Path(folder).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl and folder not in HELD:
+            HELD[folder] = os.open(folder, os.O_RDONLY)
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(HELD.pop(folder))
+        raise InputError(f"{folder}: another run is writing there; expected one at a time; wait for it, or pass another folder"
+                         ) from None
 
 
 def read_checkpoint(path, needs, remedy):
@@ -496,12 +548,31 @@ def read_checkpoint(path, needs, remedy):
     return state
 
 
+def load_state(path, remedy, *pairs):
+    """thing.load_state_dict(state) for each pair; InputError where a state of the file is another thing's."""
+    try:
+        for thing, state in pairs:
+            thing.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"{path}: its contents do not fit ({type(error).__name__}: {reason}); expected those of this model; "
+                         f"{remedy}") from None
+
+
 def check_recipe(path, before, now):
     """--resume goes on with the recipe a run was begun with."""
     for key in now:
         if before.get(key) != now[key]:
             raise InputError(f"{path}: begun with {key} {before.get(key)}, now it is {now[key]}; expected the same to go on with; "
                              "give that one again, or delete that file to start this phase anew")
+
+
+def check_photos(path, recipe):
+    """A phase goes on with the photos and labels of the earlier phase, unless it names another split."""
+    before = read_checkpoint(path, "recipe", EARLIER)["recipe"]
+    if (before["split"], before["photos"]) != (recipe["split"], recipe["photos"]) and before["split"] == recipe["split"]:
+        raise InputError(f"{path}: trained with another {recipe['split']}.csv ({before['photos']}, now {recipe['photos']}); "
+                         "expected the same photos and labels; restore it, or run all phases again in a new --out")
 
 
 def check_classes(path, state, classes):
@@ -521,7 +592,7 @@ def load_generator(path, classes, drop_path=0.0):
         generator = MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])
     else:
         generator = CNNGenerator(ResNet(**state["resnet"]), len(classes))
-    generator.load_state_dict(state["generator"])
+    load_state(path, EARLIER, (generator, state["generator"]))
     return generator.eval()
 
 
@@ -549,7 +620,8 @@ class Split:
     """ROOT/classes.txt and ROOT/SPLIT.csv: photos and the classes each of them shows. Opens no photo and no mask.
 
     names: of all photos, a file's name without its ending, by which CAMs and masks are named too; paths {name: file};
-    labels {name: (K,) bool}; classes (K); words (K), the classes as CLIP is told them; upright: EXIF orientation counts."""
+    labels {name: (K,) bool}; classes (K); words (K), the classes as CLIP is told them; upright: EXIF orientation counts;
+    digest: tells one list of photos and labels from another."""
 
     def __init__(self, root, split):
         self.root, self.split = Path(root), split
@@ -574,6 +646,8 @@ class Split:
                                  "rename one, or take one line out")
             self.paths[path.stem], self.labels[path.stem] = path, np.isin(self.classes, found)
         self.names = list(self.paths)
+        rows = "".join(f"{name}{labels.astype(int)}" for name, labels in self.labels.items())
+        self.digest = f"{len(self.names)} photos, {hashlib.sha256(rows.encode()).hexdigest()[:8]}"
         if not self.names:
             raise InputError(f"{table}: empty; expected one photo or more, `PATH,CLASS;CLASS` a line; write it again")
 
@@ -664,14 +738,14 @@ def parse_args(argv=None):
                       help="one phase, starting from the files of the earlier ones, or all and the export")
     work.add_argument("--resume", action="store_true", help="keep finished phases, go on where a killed one stopped, same recipe")
     work.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    work.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    work.add_argument("--seed", type=at_least(0), default=0, help="everything random follows from it")
     work.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                       help="of matrix products; auto: float32 on a CPU, bfloat16 on a GPU, float16 on one without it")
-    work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
+    work.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that load images")
     recipe = parser.add_argument_group("recipe, and overrides for the phases that run (all values: TABLE)")
     recipe.add_argument("--recipe", choices=list(RECIPES), default="voc", help="hyper-parameters of all phases and the export")
-    recipe.add_argument("--steps", type=int, metavar="N", help="length of a phase; a few hundred show whether a data set works")
-    recipe.add_argument("--batch", type=int, metavar="N", help="images per step, over all processes; rates are not scaled with it")
+    recipe.add_argument("--steps", type=at_least(1), metavar="N", help="length of a phase; a few hundred show if data work")
+    recipe.add_argument("--batch", type=at_least(1), metavar="N", help="images per step, over all processes; rates stay")
     recipe.add_argument("--lambda-b", type=float, metavar="X", help="background term of L_match; larger: bigger masks")
     recipe.add_argument("--lambda-r", type=float, metavar="X", help="L_refine; larger: tighter masks, too large: holes")
     recipe.add_argument("--repel", choices=["text", "text-log", "image"], help="what L_T pushes a prompt from: the class text, the "
@@ -685,7 +759,6 @@ def main(args):
     if rank == 0:
         counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
         print(f"{args.split}: {len(split.names)} images, which show " + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
-    out.mkdir(parents=True, exist_ok=True)
     K, phases = len(split.classes), [args.phase] if args.phase != "all" else [*PHASES, "export"]
     export = "export" in phases
     words = read_background_words(Path(args.background_words), split.classes) if args.background_words else None
@@ -698,10 +771,12 @@ def main(args):
     background = partial(load_background, words, out / "prompts.pt", clip, split)  # () -> u_b (K, E)
 
     # ------------------------------------------------------------------------------------------ train
+    if rank == 0 and phases != ["export"]:
+        hold(out)
     for phase in [phase for phase in phases if phase != "export"]:
         recipe = RECIPES[args.recipe][phase] | RECIPES[args.recipe]["views"]
         recipe |= {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-        recipe |= {"seed": args.seed, "split": args.split, "classes": split.classes}
+        recipe |= {"seed": args.seed, "split": args.split, "classes": split.classes, "photos": split.digest}
         recipe["clip"] = Path(args.clip).name  # the name: folders may have moved
         if phase == "classify":
             recipe[args.generator] = Path(getattr(args, args.generator)).name
@@ -732,6 +807,9 @@ def main(args):
             step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=background(), lambda_b=recipe["lambda_b"],
                                 lambda_r=recipe["lambda_r"])
 
+        for earlier in STARTS_FROM[phase]:
+            if earlier != "prompts" or not words:
+                check_photos(out / f"{earlier}.pt", recipe)
         crops = Crops(split, recipe["crop"], args.seed, recipe["min_area"], recipe["augment"] and phase != "prompts")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trunk, rest = ([p for name, p in trained.items() if name.startswith("trunk.") == of_trunk] for of_trunk in (True, False))
@@ -759,6 +837,7 @@ def main(args):
         generator = load_generator(exported, split.classes).to(device)
         folder = Path(args.cams or out / "cams")
         if rank == 0:
+            hold(folder)
             (folder / BACKGROUND).unlink(missing_ok=True)  # that of earlier CAMs
         export_cams(generator, split, folder, RECIPES[args.recipe]["export"]["scales"], args.precision, device, rank, world)
         wait_for_all()

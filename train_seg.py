@@ -25,10 +25,21 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from clip_model import Linear, run
+from clip_model import Linear, at_least, run
 from make_pseudo import read_labels
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, Block, ViT, load_vit
-from train_cam import Split, check_recipe, end_processes, mixed_seed, read_checkpoint, start_processes, train, write_file
+from train_cam import (
+    Split,
+    check_recipe,
+    end_processes,
+    hold,
+    load_state,
+    mixed_seed,
+    read_checkpoint,
+    start_processes,
+    train,
+    write_file,
+)
 
 # Dimension key: B images, K classes, H W pixels, h w patch grid, D ViT width.
 
@@ -90,7 +101,7 @@ def load_segmenter(path):
     """OUT/seg.pt -> Segmenter in eval mode, on the CPU; its recipe; the classes it was trained for"""
     state = read_checkpoint(path, "segmenter", "train one with train_seg.py")
     model = Segmenter(ViT(**state["vit"]), len(state["classes"]) + 1)
-    model.load_state_dict(state["segmenter"])
+    load_state(path, "train one with train_seg.py", (model, state["segmenter"]))
     return model.eval(), state["recipe"], state["classes"]
 
 
@@ -148,14 +159,14 @@ def parse_args(argv=None):
     parser.add_argument("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT, by name or a file")
     parser.add_argument("--out", required=True, metavar="DIR", help="where seg.pt and log.jsonl go")
     parser.add_argument("--recipe", choices=list(RECIPES), default="voc", help="all hyper-parameters, those of eval.py too")
-    parser.add_argument("--steps", type=int, metavar="N", help="length of the training, instead of the recipe's")
-    parser.add_argument("--batch", type=int, metavar="N", help="images per step over all processes, instead of the recipe's")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help="length of the training, instead of the recipe's")
+    parser.add_argument("--batch", type=at_least(1), metavar="N", help="images per step over all processes, not the recipe's")
     parser.add_argument("--resume", action="store_true", help="keep a finished seg.pt, go on where a killed run stopped")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="everything random follows from it")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="of matrix products, as in train_cam.py")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load images; 0: none")
+    parser.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that load images")
     return parser.parse_args(argv)
 
 
@@ -163,12 +174,14 @@ def main(args):
     rank, world, device = start_processes(args.device)
     split, out = Split(args.data, args.split), Path(args.out)
     recipe = RECIPES[args.recipe] | {key: value for key, value in vars(args).items() if key in TABLE and value is not None}
-    recipe |= {"seed": args.seed, "split": args.split, "labels": "/".join(Path(args.labels).resolve().parts[-2:])}
+    recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest,
+               "labels": "/".join(Path(args.labels).resolve().parts[-2:])}
     checkpoint = out / "seg.pt"
     if args.resume and checkpoint.is_file():
         check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", "delete it to train again")["recipe"], recipe)
         return end_processes()
-    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        hold(out)
     torch.manual_seed(args.seed)
     dataset = Labelled(split, args.labels, recipe["side"], recipe["scale"], recipe["crop"], args.seed)
     model = Segmenter(load_vit(args.vit, recipe["drop_path"]), len(split.classes) + 1, recipe["dropout"]).to(device)

@@ -27,9 +27,9 @@ except ImportError:
     coco_mask = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import InputError, run  # noqa: E402
+from clip_model import InputError, at_least, run  # noqa: E402
 from make_pseudo import write_labels  # noqa: E402
-from train_cam import write_file  # noqa: E402
+from train_cam import hold, write_file  # noqa: E402
 
 OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
 
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", metavar="ROOT", help="where classes.txt, the csv files and masks go; None: DIR itself")
     parser.add_argument("--masks", action=argparse.BooleanOptionalAction, default=True,
                         help="draw masks/NAME.png, which takes pycocotools: eval.py scores with them, training needs none")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw masks")
+    parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="processes that draw masks")
     return parser.parse_args(argv)
 
 
@@ -102,6 +102,7 @@ def main(args):
     coco, out = Path(args.coco), Path(args.out or args.coco)
     if args.masks and coco_mask is None:
         raise InputError("no pycocotools, which draws the masks; pip install pycocotools, or pass --no-masks: training needs none")
+    hold(out)
     known = None
     for split in ("train", "val"):
         found = [path for year in ("2014", "2017", "") if (path := coco / f"annotations/instances_{split}{year}.json").is_file()]

@@ -25,10 +25,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import CLIP, CLIP_MEAN, CLIP_STD, InputError, read_nouns, run, tokenize  # noqa: E402
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, InputError, at_least, read_nouns, run, tokenize  # noqa: E402
 from make_pseudo import write_labels  # noqa: E402
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, ResNet, ViT  # noqa: E402
-from train_cam import write_file  # noqa: E402
+from train_cam import hold, write_file  # noqa: E402
 
 S = 64
 DRAW = 4 * S  # objects are drawn at four times the size and averaged down
@@ -511,9 +511,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Makes the toy world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR",
                         help="where data/, clip.pt, resnet.pth and vit.pth go")
-    parser.add_argument("--train", type=int, default=600, help="training images")
-    parser.add_argument("--val", type=int, default=200, help="validation images")
-    parser.add_argument("--seed", type=int, default=0, help="of the images")
+    parser.add_argument("--train", type=at_least(1), default=600, help="training images")
+    parser.add_argument("--val", type=at_least(1), default=200, help="validation images")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the images")
     parser.add_argument("--cooccurrence", type=float, default=0.95, help="how often an object stands on its own background")
     parser.add_argument("--pairs", default="", metavar="boat:grass,cow:road,...", help="other ties than boat:water and so on; "
                         "the small CLIP's text tower learns them too, which takes a minute")
@@ -563,6 +563,7 @@ def main(args):
         pack(clip, vit, trunk)
         return
     pairs = read_pairs(args.pairs)
+    hold(args.out)
     write_data(args.out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
     clip, vit, trunk = unpack()
     if pairs != usual:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import InputError, run  # noqa: E402
-from train_cam import write_file  # noqa: E402
+from train_cam import hold, write_file  # noqa: E402
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable: dining table",
            "dog", "horse", "motorbike", "person: player", "pottedplant: potted plant", "sheep", "sofa", "train",
@@ -125,6 +125,7 @@ def main(args):
               for name in tqdm(sorted(set().union(*lists.values()) - unlabelled), "reading XML", disable=None)}
 
     # -------------------------------------------------------------------------------------------- write
+    hold(out)
     write_file(out / "classes.txt", lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     relative = Path(os.path.relpath(voc.resolve(), out.resolve())) / "JPEGImages"
     for split, names in lists.items():

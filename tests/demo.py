@@ -27,6 +27,7 @@ def step(title, made, script, *flags):
     """Say what comes, run one of our scripts with this Python, stop the demo if it fails. made: the last file that it writes."""
     words = [script, *(word for flag in flags for word in shlex.split(str(flag)))]
     print(f"\n# {title}\n$ python {shlex.join(words)}", flush=True)
+    made, = shlex.split(made)
     if Path(made).is_file():
         print(f"{made} is there already")
         return
@@ -52,6 +53,7 @@ def main(args):
         raise InputError(f"{out}: a demo with {begun.read_text()}, now {wanted}; expected the same, to go on; pass another --out")
     begun.parent.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(wanted))
+    out = shlex.quote(out)  # from here on it is part of command lines
     data, cam = f"{out}/data", f"{out}/cam"
     common = f"--data {data} --recipe toy --seed {args.seed} --workers 0"
     trunk, weights = f"--vit {out}/vit.pth", f"--clip {out}/clip.pt --out {cam} --resume"
@@ -62,7 +64,7 @@ def main(args):
                          ("match", "Matching: what the mask keeps must read as the class [eq. 1]"),
                          ("prompts", "Prompt learning: for each class, vectors that name what comes along with it [eq. 2]"),
                          ("refine", "Refinement: what the mask keeps must not read as that [eq. 3]")]:
-        step(title, f"{cam}/{'prompts.txt' if phase == 'prompts' else f'{phase}.pt'}", "train_cam.py", common, trunk, weights,
+        step(title, f"{cam}/{phase}.pt", "train_cam.py", common, trunk, weights,
              f"--phase {phase} --generator {args.generator} --resnet {out}/resnet.pth")
     for phase in ("classify", "match", "refine"):  # after the prompts: they help to choose the background score
         step(f"The CAMs of {phase}.pt, and the background score that CLIP and the prompts choose for them",
@@ -85,14 +87,14 @@ def main(args):
          "eval.py", f"--data {data} --split train --pred {out}/masks --strip {out}/strip.png --columns "
          f"classification={out}/cams_classify matching={out}/cams_match refinement={out}/cams_refine")
 
-    table = {}
+    table, out = {}, args.out
     print(f"\n{'stage':<32}{'split':<8}{'mIoU':>6}   background score")
     for title, name in TABLE:
         score = json.loads(Path(out, f"{name}.json").read_text())
         table[name] = score["miou"]
         print(f"{title:<32}{score['list']:<8}{score['miou']:6.1f}   {score['background_score'] or ''}")
     print("\nwords nearest to each class's learned prompt")
-    print(Path(cam, "prompts.txt").read_text())
+    print(Path(out, "cam/prompts.txt").read_text())
     Path(out, "table.json").write_text(json.dumps(table) + "\n")
     print(f"pictures: {out}/strip.png   {(time.time() - began) / 60:.1f} minutes")
 

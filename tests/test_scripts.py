@@ -174,6 +174,7 @@ def test_export_of_a_phase_and_its_background_score(toy, chain, cam, root, tmp_p
     assert "background score 0.4 (given)" in capsys.readouterr().out
     assert files_in(tmp_path / "masks").keys() == {f"{name}.png" for name in names}
 
+    (tmp_path / "out").mkdir()
     shutil.copy(chain / "cam/prompts.pt", tmp_path / "out")
     cam(tmp_path / "out", *flags)
     chosen = json.loads((tmp_path / "cams/background.json").read_text())
