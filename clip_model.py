@@ -30,6 +30,7 @@ import http.client
 import math
 import pickle
 import sys
+import warnings
 import zipfile
 from functools import cache
 from itertools import pairwise
@@ -125,6 +126,8 @@ def tokenize(texts, context_length=77, truncate=False):
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)                            # (B, T)
     for row, text in zip(tokens, texts, strict=True):
+        if len(text) > 100 * context_length:  # merging pairs takes time by its square
+            raise InputError(f"text of {len(text):,} letters, but CLIP reads {context_length} tokens; shorten it: {text[:50]!r}...")
         ids = [tokenizer().sot, *tokenizer().encode(text)]
         if len(ids) >= context_length and not truncate:
             raise InputError(f"text of {len(ids) + 1} tokens, but CLIP reads {context_length}; shorten it: {text!r}")
@@ -282,6 +285,14 @@ class CLIP(nn.Module):
 # From files: weights, images for CLIP, words nearest to a learned prompt
 # ----------------------------------------------------------------------------------------------------------------------
 
+def load_tensors(path):
+    """A file of torch.save -> what it holds: tensors, numbers, text, lists and dicts of them. Nothing else of its pickle is loaded,
+    so none is executed. Raises whatever torch does for a broken file, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_clip(name_or_path, device="cpu", cache=None):
     """A name of MODELS (downloaded once, see fetch_weights) or a checkpoint file -> CLIP, in eval mode, frozen."""
     path = Path(name_or_path)
@@ -291,7 +302,7 @@ def load_clip(name_or_path, device="cpu", cache=None):
         with zipfile.ZipFile(path) as archive:  # TorchScript, as OpenAI ships it, and torch.save alike
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
         clip = build_clip(dict(torch.jit.load(path, map_location="cpu").state_dict() if scripted else
-                               torch.load(path, map_location="cpu", weights_only=True)))
+                               load_tensors(path)))
     except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         expected = f"expected OpenAI's CLIP with a ViT: a whole file, or one of {', '.join(MODELS)}"
@@ -346,6 +357,9 @@ def nearest_words(embeddings, words, clip, top=5, template="a photo of {}."):
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT,
               errno.EFBIG}
 MAKE_ROOM = "; expected a folder that can be written to, with room; pass another, or make room"
+
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image says more
 
 
 class InputError(Exception):

@@ -115,7 +115,8 @@ def predict(model, photo, recipe, flip, device):
     total, passes = 0, 0
     for scale in recipe["test_scales"]:
         # as Segmenter does, no side is shorter than a window: 0.5 and 0.75 of 520 are both 480 then
-        x = scaled_input(photo, max(scale * recipe["side"], window or 0) / short, model.trunk.patch).to(device)
+        x = scaled_input(photo, max(scale * recipe["side"], window or 0) / short, model.trunk.patch, most=8192 if window else 2048)
+        x = x.to(device)
         for mirrored in ((False, True) if flip else (False,)):
             view = x.flip(3) if mirrored else x
             with autocast(device, "auto"):

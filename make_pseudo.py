@@ -38,6 +38,7 @@ import math
 import pickle
 import pickletools
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -502,6 +503,9 @@ def read_segments(folder, name, size):
                     raise ValueError(f"a segment of size {rle['size']} and {runs.sum()} pixels")
                 masks.append(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T)
         elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > 2**29:
+                    raise ValueError("more than 512 MB")
             with np.load(path, allow_pickle=False) as file:
                 masks = file[file.files[0]]
             if masks.dtype != bool:
@@ -526,20 +530,19 @@ def read_segments(folder, name, size):
 def background_score(choice, folder):
     """--background-score -> (score, how it was chosen). A number in (0, 1) is taken as it is; "auto" is the one that
     train_cam.py's export wrote beside the CAMs. No mask is read."""
-    if choice != "auto":
-        try:
-            score = float(choice)
-        except ValueError:
-            score = math.nan
-        if not 0 < score < 1:
-            raise InputError(f"--background-score {choice}: expected auto or a number in (0, 1), as CAMs have values in [0, 1]")
-        return score, "given"
-    path = Path(folder) / BACKGROUND
+    path, how = Path(folder) / BACKGROUND, "given"
     try:
-        return float(json.loads(path.read_text())["background_score"]), "auto: the least loss under CLIP, no true mask used"
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: no background score found, so nothing has chosen one for these CAMs; expected a number, "
-                         "--background-score 0.4; train_cam.py --phase export with --clip and OUT/prompts.pt chooses one") from None
+        if choice == "auto":
+            choice, how = json.loads(path.read_text())["background_score"], "auto: the least loss under CLIP, no true mask used"
+        score = float(choice)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        score = math.nan
+    if 0 < score < 1:
+        return score, how
+    if how == "given" and choice != "auto":
+        raise InputError(f"--background-score {choice}: expected auto or a number in (0, 1), as CAMs have values in [0, 1]")
+    raise InputError(f"{path}: no background score found, so nothing has chosen one for these CAMs; expected a number, "
+                     "--background-score 0.4; train_cam.py --phase export with --clip and OUT/prompts.pt chooses one")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from torchvision import transforms
 from torchvision.models import get_model_weights, resnet
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
-from clip_model import InputError, Linear, fetch_weights, read_image, run
+from clip_model import InputError, Linear, fetch_weights, load_tensors, read_image, run
 
 # Dimension key: B images, K classes, H W pixels, h w grid of patches or CNN places, L layers, A heads, D ViT width,
 #                T tokens (K + h*w).
@@ -327,7 +327,7 @@ def load_resnet(path):
 def read_weights(path, keys, what, flag):
     """A checkpoint {"model": state dict} or a bare state dict, which has these keys among others -> the state dict, float32."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {what} checkpoint, or a name to download: "
                          f"{', '.join([*VITS, *RESNETS])}; pass it with {flag}") from None

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -53,6 +54,7 @@ from clip_model import (
     InputError,
     at_least,
     load_clip,
+    load_tensors,
     nearest_words,
     pick_device,
     read_image,
@@ -367,9 +369,11 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
     if args.resume and part.is_file():
         state = read_checkpoint(part, "scaler", f"delete it to start {phase} again")
         check_recipe(part, state["recipe"], recipe)
-        load_state(part, f"delete it to start {phase} again", (model, state["model"]), (optimizer, state["optimizer"]),
-                   (scaler, state["scaler"]))
-        start = state["step"]
+        with fitting(part, f"delete it to start {phase} again"):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            start = state["step"]
     n_images, interval = len(dataset), max(1, steps // 60)
     order = partial(batches, n_images, recipe["batch"], steps=steps, seed=args.seed, rank=rank, world=world)
     loader = DataLoader(dataset, batch_sampler=order(start), num_workers=args.workers, pin_memory=device.type == "cuda")
@@ -402,7 +406,7 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
             raise InputError(f"{phase}: the loss is {means['loss']} before step {step + 1}, first on "
                              f"{', '.join(dataset.split.names[j] for j in bad) or 'images of another process'}; expected a number; "
                              "take these photos out and go on from the last good state with --resume, or lower lr in TABLE and "
-                             "start the phase anew")
+                             "start the phase anew; at the first steps, get the weights again that it starts from")
         since_log, took = [], time.time() - began
         row = {"phase": phase, "step": step, "epoch": round(step * recipe["batch"] / n_images, 2), **means,
                "lr": optimizer.param_groups[-1]["lr"], "images_per_s": round((step - start) * recipe["batch"] / took, 1),
@@ -537,26 +541,40 @@ def hold(folder):
 
 def read_checkpoint(path, needs, remedy):
     """A checkpoint of ours -> dict. `needs` is the key that makes it the right one."""
+    path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {remedy}") from None
+        raise InputError(f"{path}: no such file; expected a checkpoint; {remedy}") from None
     except Exception as error:
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); {remedy}") from None
-    if not isinstance(state, dict) or needs not in state or "generator" in state and "options" not in state:
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); expected a whole one written by this "
+                         f"project; {remedy}") from None
+    others = {"recipe"} if path.suffix == ".part" else {"recipe", "classes"}
+    if not isinstance(state, dict) or not {needs, *others} <= set(state) or "generator" in state and "options" not in state:
         raise InputError(f"{path}: holds no {needs!r}; expected a checkpoint written by this project; {remedy}")
     return state
 
 
-def load_state(path, remedy, *pairs):
-    """thing.load_state_dict(state) for each pair; InputError where a state of the file is another thing's."""
+@contextmanager
+def fitting(path, remedy):
+    """What is read from a file goes where it should; else InputError."""
     try:
-        for thing, state in pairs:
-            thing.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise InputError(f"{path}: its contents do not fit ({type(error).__name__}: {reason}); expected those of this model; "
+        raise InputError(f"{path}: its contents do not fit ({type(error).__name__}: {reason}); expected those of such a model; "
                          f"{remedy}") from None
+
+
+def build(path, make, state, remedy):
+    """make() with the weights of a checkpoint. Its sizes are the file's, so it is first made without memory (on "meta")."""
+    with fitting(path, remedy), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            make().load_state_dict(state)
+        model = make()
+        model.load_state_dict(state)
+        return model
 
 
 def check_recipe(path, before, now):
@@ -589,11 +607,10 @@ def load_generator(path, classes, drop_path=0.0):
     state = read_checkpoint(path, "generator", EARLIER)
     check_classes(path, state, classes)
     if "vit" in state:
-        generator = MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])
+        make = lambda: MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])  # noqa: E731
     else:
-        generator = CNNGenerator(ResNet(**state["resnet"]), len(classes))
-    load_state(path, EARLIER, (generator, state["generator"]))
-    return generator.eval()
+        make = lambda: CNNGenerator(ResNet(**state["resnet"]), len(classes))  # noqa: E731
+    return build(path, make, state["generator"], EARLIER).eval()
 
 
 @torch.no_grad()
@@ -605,11 +622,10 @@ def load_background(words, path, clip, split):
         return torch.stack([F.normalize(class_texts(clip, row, device).float(), dim=1).mean(dim=0) for row in words])
     state = read_checkpoint(path, "vectors", EARLIER)
     check_classes(path, state, split.classes)
-    vectors = state["vectors"].to(clip.token_embedding.weight.device)
-    if vectors.shape[2] != clip.text_width:
-        raise InputError(f"{path}: prompts of width {vectors.shape[2]}, this CLIP's is {clip.text_width}; expected those learned "
-                         "with the same --clip; run --phase prompts again")
-    return clip.encode_prompts(vectors)
+    with fitting(path, "run --phase prompts again, with this --clip"):
+        if state["vectors"].shape[::2] != (len(split.classes), clip.text_width):
+            raise ValueError(f"shape {tuple(state['vectors'].shape)}, {len(split.classes)} classes, CLIP's width {clip.text_width}")
+        return clip.encode_prompts(state["vectors"].to(clip.token_embedding.weight.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -629,7 +645,11 @@ class Split:
         table = self.root / f"{split}.csv"
         lines = read_text(table, "expected a photo a line, `PATH,CLASS;CLASS`; pass another --split, or write it with prepare/")
         self.paths, self.labels = {}, {}
-        for number, cells in enumerate(csv.reader(lines.splitlines(), strict=True), 1):
+        try:
+            rows = list(csv.reader(lines.splitlines(), strict=True))
+        except csv.Error as error:
+            raise InputError(f"{table}: {error}; expected a photo a line, `PATH,CLASS;CLASS`; correct it") from None
+        for number, cells in enumerate(rows, 1):
             if not any(cells):
                 continue
             where, path = f"{table}, line {number}", self.root / cells[0].strip()
@@ -646,8 +666,8 @@ class Split:
                                  "rename one, or take one line out")
             self.paths[path.stem], self.labels[path.stem] = path, np.isin(self.classes, found)
         self.names = list(self.paths)
-        rows = "".join(f"{name}{labels.astype(int)}" for name, labels in self.labels.items())
-        self.digest = f"{len(self.names)} photos, {hashlib.sha256(rows.encode()).hexdigest()[:8]}"
+        everything = "".join(f"{name}{labels.astype(int)}" for name, labels in self.labels.items())
+        self.digest = f"{len(self.names)} photos, {hashlib.sha256(everything.encode()).hexdigest()[:8]}"
         if not self.names:
             raise InputError(f"{table}: empty; expected one photo or more, `PATH,CLASS;CLASS` a line; write it again")
 

@@ -30,10 +30,10 @@ from make_pseudo import read_labels
 from mask_generator import IMAGENET_MEAN, IMAGENET_STD, Block, ViT, load_vit
 from train_cam import (
     Split,
+    build,
     check_recipe,
     end_processes,
     hold,
-    load_state,
     mixed_seed,
     read_checkpoint,
     start_processes,
@@ -100,8 +100,8 @@ class Segmenter(nn.Module):
 def load_segmenter(path):
     """OUT/seg.pt -> Segmenter in eval mode, on the CPU; its recipe; the classes it was trained for"""
     state = read_checkpoint(path, "segmenter", "train one with train_seg.py")
-    model = Segmenter(ViT(**state["vit"]), len(state["classes"]) + 1)
-    load_state(path, "train one with train_seg.py", (model, state["segmenter"]))
+    model = build(path, lambda: Segmenter(ViT(**state["vit"]), len(state["classes"]) + 1), state["segmenter"],
+                  "train one with train_seg.py")
     return model.eval(), state["recipe"], state["classes"]
 
 

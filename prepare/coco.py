@@ -19,6 +19,7 @@ from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 try:
@@ -53,8 +54,10 @@ def read_instances(path, with_outlines):
         images = [(image["file_name"], (image["height"], image["width"]),
                    [(number[c], crowd, outline) for c, crowd, outline in objects.pop(image["id"])])
                   for image in whole["images"] if image["id"] in objects]
+        if too_large := [name for name, (H, W), _ in images if not 0 < H * W < Image.MAX_IMAGE_PIXELS]:
+            raise ValueError(f"the size of {too_large[0]}")
         return [category["name"] for category in categories], images
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not COCO's instances ({type(error).__name__}: {error}); expected images, annotations and "
                          "categories that refer to each other; download the annotations again") from None
 

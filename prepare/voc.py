@@ -69,7 +69,7 @@ def read_xml(path, classes, classes_file):
                          "unpack the archive again, or take the image off the lists") from None
     if unknown := found - set(classes):
         raise InputError(f"{path}: class {min(unknown)!r} is not among the {len(classes)} classes ({', '.join(classes[:4])}, "
-                         f"...); correct it, or write the data set's own classes to {classes_file}, one a line")
+                         f"...); expected one of them; correct it, or write the data set's own to {classes_file}, one a line")
     return [name for name in classes if name in found]
 
 
@@ -88,6 +88,7 @@ def parse_args(argv=None):
 def main(args):
     voc = Path(args.voc or Path(args.download, "VOCdevkit", "VOC2012"))
     if args.download:
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # nothing leaves the folder, as in Python 3.14
         try:
             VOCSegmentation(args.download, "2012", "train", download=True)
         except (OSError, RuntimeError, tarfile.TarError) as error:

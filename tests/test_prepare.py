@@ -286,6 +286,12 @@ def test_download_of_something_else(payload, md5, mirror, tmp_path, capsys):
     call(pascal, "--download", tmp_path / "data")  # a broken archive is not kept for good
 
 
+def test_an_archive_cannot_write_outside_its_folder(mirror, tmp_path, capsys):
+    mirror(archive({**TINY_VOC, "../../../evil.txt": b"evil"}))  # its digest is the expected one
+    assert "cannot be downloaded" in error_of(capsys, pascal, "--download", tmp_path / "data")
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
 def test_offline(mirror, tmp_path, capsys, monkeypatch):
     mirror(b"")
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
