@@ -588,8 +588,8 @@ def check_recipe(path, before, now):
 def check_photos(path, recipe):
     """A phase goes on with the photos and labels of the earlier phase, unless it names another split."""
     before = read_checkpoint(path, "recipe", EARLIER)["recipe"]
-    if (before["split"], before["photos"]) != (recipe["split"], recipe["photos"]) and before["split"] == recipe["split"]:
-        raise InputError(f"{path}: trained with another {recipe['split']}.csv ({before['photos']}, now {recipe['photos']}); "
+    if before["split"] == recipe["split"] and before.get("photos") != recipe["photos"]:
+        raise InputError(f"{path}: trained with another {recipe['split']}.csv ({before.get('photos')}, now {recipe['photos']}); "
                          "expected the same photos and labels; restore it, or run all phases again in a new --out")
 
 

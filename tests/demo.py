@@ -4,7 +4,7 @@
 
 Says before every command what it shows. A step whose file is there already is passed over: an interrupted demo goes on where it
 stopped. Ends with a table (mIoU of CAMs and masks on train, of segmentations on val, and the words nearest to each class's
-learned prompt), OUT/table.json and OUT/strip.png. All hyper-parameters are those of --recipe toy.
+learned prompt), OUT/table.json, OUT/strip.png and OUT/index.html, which shows it all. All hyper-parameters: --recipe toy.
 """
 import argparse
 import json
@@ -84,19 +84,19 @@ def main(args):
         step("Its mIoU on photos that nobody has seen", f"{out}/{name}.json",
              "eval.py", f"--data {data} --checkpoint {out}/{name}/seg.pt --json {out}/{name}.json --save {out}/pred_{name}")
     step("Pictures", f"{out}/strip.png",
-         "eval.py", f"--data {data} --split train --pred {out}/masks --strip {out}/strip.png --columns "
+         "eval.py", f"--data {data} --split train --pred {out}/masks --strip {out}/strip.png --strip-count 6 --columns "
          f"classification={out}/cams_classify matching={out}/cams_match refinement={out}/cams_refine")
 
-    table, out = {}, args.out
+    scores = {name: json.loads(Path(args.out, f"{name}.json").read_text()) for _, name in TABLE}
+    Path(args.out, "table.json").write_text(json.dumps({name: score["miou"] for name, score in scores.items()}) + "\n")
+    step("The companion: every equation at work, in pictures", f"{out}/index.html", "tests/companion.py", f"--run {out}")
+
     print(f"\n{'stage':<32}{'split':<8}{'mIoU':>6}   background score")
     for title, name in TABLE:
-        score = json.loads(Path(out, f"{name}.json").read_text())
-        table[name] = score["miou"]
-        print(f"{title:<32}{score['list']:<8}{score['miou']:6.1f}   {score['background_score'] or ''}")
+        print(f"{title:<32}{scores[name]['list']:<8}{scores[name]['miou']:6.1f}   {scores[name]['background_score'] or ''}")
     print("\nwords nearest to each class's learned prompt")
-    print(Path(out, "cam/prompts.txt").read_text())
-    Path(out, "table.json").write_text(json.dumps(table) + "\n")
-    print(f"pictures: {out}/strip.png   {(time.time() - began) / 60:.1f} minutes")
+    print(Path(args.out, "cam/prompts.txt").read_text())
+    print(f"pictures: {args.out}/index.html, {args.out}/strip.png   {(time.time() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
