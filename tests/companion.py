@@ -593,7 +593,7 @@ CAPTIONS = [  # picture, heading or "" where it goes with the one before, what i
     (
         "1_looks.png",
         "What a classifier looks at",
-        "A photo of each class and the classifier's probabilities; CAMs after classification, matching, refinement (blue 0, red 1).",
+        "A photo of each class, the classifier's probabilities; CAMs after classification, matching, refinement (blue 0, red 1).",
     ),
     (
         "2_regions.png",
