@@ -96,7 +96,7 @@ def call_edited(edit, folder, *flags):
     """train_cam.py of a copy of the scripts, in folder, that differs in one place"""
     script, text, replacement = edit
     folder.mkdir(exist_ok=True)
-    for path in HERE.parent.glob("*.py"):
+    for path in (*HERE.parent.glob("*.py"), HERE.parent / "bpe_simple_vocab_16e6.txt.gz"):
         shutil.copy(path, folder)
     code = (folder / script).read_text()
     assert code.count(text) == 1, f"{script}: {text!r} stands there {code.count(text)} times"
