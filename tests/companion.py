@@ -13,6 +13,7 @@ import html
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -231,6 +232,19 @@ def looks(r, out):
             found.append(float(cam[truth(r, name, k)].sum() / max(cam.sum(), 1e-9)))
         shares[phase] = round(float(np.mean(found)), 3)
     return {"share of the CAM's mass on the object": shares}
+
+
+def cooccurrence(r, out):
+    """The ablation's table in docs/results.md, drawn; not of this run"""
+    text, curves = (ROOT / "docs/results.md").read_text(encoding="utf-8"), {}
+    usual = {"classification": "classification", "matching": "matching only", "the method": "the method"}
+    for name, at_95 in usual.items():
+        found = {95: float(re.findall(rf"^    {at_95} +([\d.]+) ±", text, re.M)[-1])}
+        found |= {int(p): float(v) for p, v in re.findall(rf"^    co-occurrence (\d+) %, {name} +([\d.]+) ±", text, re.M)}
+        curves[name] = zip(*sorted(found.items()), strict=True)
+    curves = {name: tuple(map(list, points)) for name, points in curves.items()}
+    plot(curves, out / "1_cooccurrence.png", "co-occurrence in %", "mIoU of the CAMs, train", low=0, high=100)
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,6 +609,7 @@ CAPTIONS = [  # picture, heading or "" where it goes with the one before, what i
         "What a classifier looks at",
         "A photo of each class, the classifier's probabilities; CAMs after classification, matching, refinement (blue 0, red 1).",
     ),
+    ("1_cooccurrence.png", "", "mIoU of the CAMs over co-occurrence, from the ablation of three seeds in docs/results.md."),
     (
         "2_regions.png",
         "The regions CLIP is shown",
@@ -704,7 +719,7 @@ def main(args):
     if not (args.run / "table.json").is_file():
         raise InputError(f"{args.run}: no table.json; expected a finished run of tests/demo.py; run make demo first")
     r, out, tables = open_run(args.run), args.run / "companion", {}
-    for section in (looks, regions, growing, heat_maps, prompts_again, removes, score_and_crf, model):
+    for section in (looks, cooccurrence, regions, growing, heat_maps, prompts_again, removes, score_and_crf, model):
         tables |= section(r, out)
         print(f"{section.__name__}: drawn", flush=True)
     logs = [name for folder in ("cam", "seg", "full") for name in log_curves(args.run / folder / "log.jsonl", out)]
