@@ -95,9 +95,10 @@ def call(script, *flags):
 def call_edited(edit, folder, *flags):
     """train_cam.py of a copy of the scripts, in folder, that differs in one place"""
     script, text, replacement = edit
-    folder.mkdir(exist_ok=True)
-    for path in (*HERE.parent.glob("*.py"), HERE.parent / "bpe_simple_vocab_16e6.txt.gz"):
-        shutil.copy(path, folder)
+    for path in ("*.py", "*.txt.gz", "tests/nouns.txt"):
+        for source in HERE.parent.glob(path):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, folder / source.relative_to(HERE.parent))
     code = (folder / script).read_text()
     assert code.count(text) == 1, f"{script}: {text!r} stands there {code.count(text)} times"
     (folder / script).write_text(code.replace(text, replacement))
