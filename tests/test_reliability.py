@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import crash
 import fuzz
 import pytest
 import torch
-from conftest import ROOT, TINY, call, error_line, files_in
+from conftest import ROOT, TINY, call, error_line, files_in, run_script
 
 import train_cam
 from clip_model import InputError
@@ -43,9 +44,9 @@ def test_comparison_sees_what_is_lost(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--every", "31"], ["--title", "pickle"], ["--title", "object"]])
-def test_broken_inputs(flags, capfd):
-    assert fuzz.main(fuzz.parse_args(flags)) == []
-    assert "all  " in capfd.readouterr().out
+def test_broken_inputs(flags):
+    """In a Python of its own: the cases are forked, and this process has grown too large for their limit of memory."""
+    assert re.search(r"^all +[1-9]\d+ +\d+ +\d+ +0$", run_script("tests/fuzz.py", *flags), re.M)
 
 
 def test_fuzzing_sees_faults(tmp_path):
