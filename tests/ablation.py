@@ -1,6 +1,7 @@
 """What each part of the method is worth, on toy worlds of three seeds. An hour or two, unattended; started again, it goes on.
 
     python tests/ablation.py --out runs/ablation                # trains, then prints the table and draws OUT/ablation.png
+    python tests/ablation.py --only "L_T none" --seeds 0        # one row: minutes
 
 A process a seed is faster on a few cores; --report then draws what they found:
 
@@ -179,8 +180,8 @@ def collect(args):
             out = base / row.title.replace(" ", "_")
             if (out / "score.json").is_file():
                 score = json.loads((out / "score.json").read_text())
-                prompts = (out if row.own == "prompts" else base / chain_of(row)) / "prompts.txt"
-                words = own_backgrounds(prompts, row.world) if row.scored == "refine" and row.own in ("", "prompts") else None
+                learned = (out if row.own else base / chain_of(row)) / "prompts.txt"
+                words = own_backgrounds(learned, row.world) if row.scored == "refine" and row.own != "refine" else None
                 found.setdefault(row.title, []).append((score["miou"], score.get("oracle", {}).get("miou"), words))
     return found
 
@@ -236,7 +237,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", default="runs/ablation", help="folder for everything; a run started again goes on there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and training")
     parser.add_argument("--train", type=int, default=200, help="training images: a third of the demo's, to save time")
-    parser.add_argument("--only", default="", help="only the rows whose title contains this")
+    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[row.title for row in ROWS], help="only these rows")
     parser.add_argument("--report", action="store_true", help="train nothing: table and picture of what there is")
     return parser.parse_args(argv)
 
@@ -245,7 +246,7 @@ def main(args):
     for row in ROWS if not args.report else []:
         for seed in args.seeds:
             base = Path(args.out) / f"seed{seed}"
-            if args.only in row.title and not (base / row.title.replace(" ", "_") / "score.json").is_file():
+            if row.title in (args.only or [row.title]) and not (base / row.title.replace(" ", "_") / "score.json").is_file():
                 run_row(row, seed, base, args)
     found = collect(args)
     if found:

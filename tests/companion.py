@@ -1,11 +1,11 @@
-"""The pictures and tables of docs/method.md, and a page that shows a whole run: RUN/index.html. Two minutes on two cores.
+"""The pictures and tables of docs/method.md, and a page that shows a whole run: RUN/index.html. A minute or two on two cores.
 
     python tests/companion.py --run runs/toy                          # after make demo, which ends with this
     python tests/companion.py --run runs/toy --figures figures/method # the pictures of docs/method.md as well
 
 Reads a finished run of tests/demo.py on the toy world with the ViT, and writes RUN/companion/*.png, RUN/companion/tables.json
 and RUN/index.html. Drawn with Pillow alone; the same run gives the same bytes. What uses true masks or true background words says
-so: it is analysis, nothing is trained or chosen by it. One section a picture, in the order of docs/method.md.
+so: it is analysis, nothing is trained or chosen by it. In the order of docs/method.md.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from train_cam import (  # noqa: E402
     cosine,
     embed_masked,
     load_generator,
+    match_loss,
     read_checkpoint,
     refine_loss,
     region_masks,
@@ -79,8 +80,9 @@ def sheet(rows, path, head=(), side=128, lines=0):
     write_file(path, picture.save)
 
 
-def plot(curves, path, x_label, y_label, marks=(), size=(520, 300), low=None, high=None):
-    """curves {name: (xs, ys)} -> a PNG; marks [(x, text)], vertical lines; low, high of the y axis, from the values if None"""
+def plot(curves, path, x_label, y_label, ticks=(), marks=(), size=(520, 300), low=None, high=None):
+    """curves {name: (xs, ys)} -> a PNG; ticks [x], five even ones if empty; marks [(x, text)], vertical lines; low, high of the
+    y axis, from the values if None"""
     font, (W, H) = ImageFont.load_default(11), size
     left, top, right, bottom = 52, 24, W - 12, H - 34
     xs, ys = ([v for curve in curves.values() for v in curve[i]] for i in (0, 1))
@@ -93,14 +95,14 @@ def plot(curves, path, x_label, y_label, marks=(), size=(520, 300), low=None, hi
 
     picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
-    for i in range(5):
-        y, x = low + (high - low) * i / 4, x0 + (x1 - x0) * i / 4
+    for y in np.linspace(low, high, 5):
         pen.line([place(x0, y), place(x1, y)], GREY)
-        pen.text((left - 6, place(x0, y)[1]), f"{y:.2f}", INK, font, anchor="rm")
-        pen.text((place(x, low)[0], bottom + 4), f"{x:,.0f}" if x1 > 20 else f"{x:.2f}", INK, font, anchor="ma")
+        pen.text((left - 6, place(x0, y)[1]), f"{y:.0f}" if high > 20 else f"{y:.2f}", INK, font, anchor="rm")
+    for x in ticks or np.linspace(x0, x1, 5).round():
+        pen.text((place(x, low)[0], bottom + 4), f"{x:g}", INK, font, anchor="ma")
     for x, text in marks:
         pen.line([place(x, low), place(x, high)], (150, 150, 150))
-        pen.text((place(x, high)[0] + 3, top + 2), text, INK, font)
+        pen.text((place(x, low)[0] + 3, bottom - (bottom - top) / 4), text, INK, font)
     at = left
     for (name, (xs, ys)), colour in zip(curves.items(), COLOURS):
         points = [place(x, min(max(y, low), high)) for x, y in zip(xs, ys)]
@@ -118,10 +120,9 @@ def plot(curves, path, x_label, y_label, marks=(), size=(520, 300), low=None, hi
 def blend(grey, values):
     """A photo (H, W, 3) in grey under values (H, W) in [-1, 1]: red above 0, blue below"""
     v = np.clip(values, -1, 1)[..., None]
-    colour = np.where(v > 0, np.array([230, 40, 30]), np.array([30, 70, 220]))
-    return Image.fromarray(
-        (0.5 * (1 - abs(v)) * grey.mean(axis=2, keepdims=True) + 127 * (1 - abs(v)) + abs(v) * colour).astype(np.uint8)
-    )
+    colour = np.where(v > 0, (230, 40, 30), (30, 70, 220))
+    grey = 127 + 0.5 * grey.mean(axis=2, keepdims=True)
+    return Image.fromarray(((1 - abs(v)) * grey + abs(v) * colour).astype(np.uint8))
 
 
 def as_picture(X):
@@ -130,9 +131,9 @@ def as_picture(X):
     return v2.functional.to_pil_image(pixels.clamp(0, 1))
 
 
-def grown(array, side):
-    """(h, w) -> float (side, side), bilinear"""
-    return F.interpolate(torch.as_tensor(array, dtype=torch.float32)[None, None], size=(side, side), mode="bilinear")[0, 0].numpy()
+def grown(array, size):
+    """(h, w) -> float array of this size, bilinear"""
+    return F.interpolate(torch.as_tensor(array, dtype=torch.float32)[None, None], size=size, mode="bilinear")[0, 0].numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,18 +161,15 @@ def open_run(folder):
     pairs = toy.read_pairs(toy.parse_args(begun["world"].split()).pairs)
     words = [pairs[name] for name in split.classes]
     with torch.no_grad():
-        return Run(
-            folder,
-            split,
-            clip,
-            class_texts(clip, split.words, "cpu"),
-            train_cam.load_background(None, folder / "cam/prompts.pt", clip, split),
-            words,
-            class_texts(clip, words, "cpu"),
-            {phase: load_generator(folder / f"cam/{phase}.pt", split.classes) for phase in ("classify", "match", "refine")},
-            examples(split, len(split.classes)),
-            begun["seed"],
-        )
+        u_f, u_w = (class_texts(clip, texts, "cpu") for texts in (split.words, words))
+        u_b = train_cam.load_background(None, folder / "cam/prompts.pt", clip, split)
+    generators = {phase: load_generator(folder / f"cam/{phase}.pt", split.classes) for phase in ("classify", "match", "refine")}
+    return Run(folder, split, clip, u_f, u_b, words, u_w, generators, examples(split, len(split.classes)), begun["seed"])
+
+
+def with_one_class(r, count):
+    """The first photos that show one class: [(name, k)]"""
+    return [(name, class_of(r, name)) for name in r.split.names if r.split.labels[name].sum() == 1][:count]
 
 
 def class_of(r, name):
@@ -204,34 +202,23 @@ def truth(r, name, k, size=None):
 
 @torch.no_grad()
 def looks(r, out):
-    rows = []
+    rows, phases = [], ("classify", "match", "refine")
     for name in r.chosen:
         k, photo = class_of(r, name), r.split.image(name)
         generator = r.generators["classify"]
         _, logits = generator(scaled_input(photo, 1, generator.trunk.patch))
-        p = logits.mean(dim=0)[0].sigmoid()
-        best = p.argsort(descending=True)[:3].tolist()
-        told = "\n".join(f"{r.split.classes[i]} {p[i]:.2f}" for i in best)
-        pixels = np.array(photo)
-        rows.append(
-            [
-                (photo, told),
-                *(
-                    (heat(pixels, read_cams(r.folder / f"cams_{phase}", name, [k], pixels.shape[:2])), "")
-                    for phase in ("classify", "match", "refine")
-                ),
-            ]
-        )
+        p, pixels = logits.mean(dim=0)[0].sigmoid(), np.array(photo)
+        told = "\n".join(f"{r.split.classes[i]} {p[i]:.2f}" for i in p.argsort(descending=True)[:3].tolist())
+        cams = [read_cams(r.folder / f"cams_{phase}", name, [k], pixels.shape[:2]) for phase in phases]
+        rows.append([(photo, told), *((heat(pixels, cam), "") for cam in cams)])
     sheet(rows, out / "1_looks.png", ("photo, P(class)", "classification", "matching", "refinement"), lines=3)
-    shares = {}
-    for phase in ("classify", "match", "refine"):  # ANALYSIS: with true masks
-        found = []
-        for name in [name for name in r.split.names if r.split.labels[name].sum() == 1][:100]:
-            k = class_of(r, name)
-            cam = read_cams(r.folder / f"cams_{phase}", name, [k], r.split.image(name).size[::-1])[0].numpy()
-            found.append(float(cam[truth(r, name, k)].sum() / max(cam.sum(), 1e-9)))
-        shares[phase] = round(float(np.mean(found)), 3)
-    return {"share of the CAM's mass on the object": shares}
+    shares = []
+    for name, k in with_one_class(r, 100):  # ANALYSIS: with true masks
+        inside = truth(r, name, k)
+        cams = [read_cams(r.folder / f"cams_{phase}", name, [k], inside.shape)[0].numpy() for phase in phases]
+        shares.append([inside.mean(), *(cam[inside].sum() / max(cam.sum(), 1e-9) for cam in cams)])
+    shares = dict(zip(("pixels", *phases), np.mean(shares, axis=0)))
+    return {"share on the object, of pixels and of the CAM's mass": {key: round(float(x), 3) for key, x in shares.items()}}
 
 
 def cooccurrence(r, out):
@@ -243,7 +230,7 @@ def cooccurrence(r, out):
         found |= {int(p): float(v) for p, v in re.findall(rf"^    co-occurrence (\d+) %, {name} +([\d.]+) ±", text, re.M)}
         curves[name] = zip(*sorted(found.items()), strict=True)
     curves = {name: tuple(map(list, points)) for name, points in curves.items()}
-    plot(curves, out / "1_cooccurrence.png", "co-occurrence in %", "mIoU of the CAMs, train", low=0, high=100)
+    plot(curves, out / "1_cooccurrence.png", "co-occurrence in %", "mIoU of the CAMs, train", (50, 80, 95, 100), low=0, high=100)
     return {}
 
 
@@ -256,28 +243,16 @@ def cooccurrence(r, out):
 def regions(r, out):
     name = r.chosen[0]
     k, X, rows, table = class_of(r, name), view(r, name), [], {}
-    for phase in ("classify", "match", "refine"):
+    words = (r.split.classes[k], r.words[k], "prompt")
+    for phase, title in (("classify", "classification"), ("match", "matching"), ("refine", "refinement")):
         M = mask_of(r, phase, name, k)
-        cells = [("X", X, None), ("M X", M * X, 0), ("(1 - M) X", (1 - M) * X, 1)]
-        features = [r.clip.encode_image(x) for _, x, _ in cells]
-        row = [(as_picture(X[0]), ""), (Image.fromarray((255 * M[0, 0]).byte().numpy()), f"{phase}")]
-        for (title, x, _), v in zip(cells, features):
+        row = []
+        for region, x in (("X", X), ("M X", M * X), ("(1 - M) X", (1 - M) * X)):
+            v = r.clip.encode_image(x)
             values = [cosine(v, u[k][None]).item() for u in (r.u_f, r.u_w, r.u_b)]
-            table[f"{phase}, {title}"] = [round(value, 2) for value in values]
-            if title != "X":
-                row.append(
-                    (
-                        as_picture(x[0]),
-                        f"{r.split.classes[k]} {values[0]:.2f}\n{r.words[k]} {values[1]:.2f}\nprompt {values[2]:.2f}",
-                    )
-                )
-        row[0] = (
-            row[0][0],
-            "\n".join(
-                f"{title} {value:.2f}" for title, value in zip((r.split.classes[k], r.words[k], "prompt"), table[f"{phase}, X"])
-            ),
-        )
-        rows.append(row)
+            row.append((as_picture(x[0]), "\n".join(f"{word} {value:.2f}" for word, value in zip(words, values))))
+            table[f"{phase}, {region}"] = [round(value, 2) for value in values]
+        rows.append([row[0], (Image.fromarray((255 * M[0, 0]).byte().numpy()), f"after {title}"), *row[1:]])
     sheet(rows, out / "2_regions.png", ("X", "mask M", "X^f = M X", "X^b = (1 - M) X"), lines=3)
     return {"cosines to class, true background word, learned prompt": table}
 
@@ -303,49 +278,36 @@ def depth(inside):
 def growing(r, out, count=48):
     """ANALYSIS: masks that grow from the middle of the true object to its border (0 to 1), then over the background (1 to 2)."""
     shares, R = np.linspace(0.1, 2, 20), r.clip.resolution
-    names = [name for name in r.split.names if r.split.labels[name].sum() == 1][:count]
-    total = torch.zeros(3, len(shares))
-    for name in names:
-        k, X = class_of(r, name), view(r, name)
-        inside = truth(r, name, k, (R, R))
+    lambda_b = read_checkpoint(r.folder / "cam/match.pt", "generator", "")["recipe"]["lambda_b"]
+    cosines, losses = torch.zeros(4, len(shares)), torch.zeros(3, len(shares))
+    photos = with_one_class(r, count)
+    for name, k in photos:
+        X, inside = view(r, name), truth(r, name, k, (R, R))
         steps, masks = depth(inside) + 0.001 * np.random.default_rng(0).random((R, R)), []
         for share in shares:
             kept = np.zeros((R, R), bool)
             kept[inside] = steps[inside] >= np.quantile(steps[inside], max(0, 1 - share))
             kept[~inside] = steps[~inside] <= np.quantile(steps[~inside], share - 1) if share > 1 else False
             masks.append(kept)
-        v = r.clip.encode_image(torch.from_numpy(np.array(masks, np.float32))[:, None] * X)
-        total += torch.stack([cosine(v, u[k][None]) for u in (r.u_f, r.u_w, r.u_b)])
-    mean = (total / len(names)).tolist()
-    plot(
-        {"class text": (shares, mean[0]), "true background word": (shares, mean[1]), "learned prompt": (shares, mean[2])},
-        out / "3_growing.png",
-        "kept: 1 = the object, 2 = the whole photo",
-        "cosine",
-        [(1, "the object")],
-        low=0,
-        high=1,
-    )
-    loss = [
-        [-math.log(min(max(c, 1e-4), 1 - 1e-4)) for c in mean[0]],
-        [-math.log(1 - min(max(c, 1e-4), 1 - 1e-4)) for c in mean[2]],
-    ]
-    plot(
-        {"first term of L_match": (shares, loss[0]), "L_refine": (shares, loss[1])},
-        out / "3_losses.png",
-        "kept: 1 = the object, 2 = the whole photo",
-        "loss at the mean cosine",
-        [(1, "the object")],
-        low=0,
-    )
-    pick = lambda row: {f"{share:.1f}": round(value, 2) for share, value in zip(shares, row) if round(share, 1) in (0.5, 1, 1.5, 2)}  # noqa: E731
-    return {
-        "cosine of what is kept": {
-            "class text": pick(mean[0]),
-            "true background word": pick(mean[1]),
-            "learned prompt": pick(mean[2]),
-        }
-    }
+        v_f, v_b = embed_masked(r.clip, X.expand(len(masks), -1, -1, -1), torch.from_numpy(np.array(masks, np.float32))[:, None])
+        u_f, u_w, u_b = (u[k][None] for u in (r.u_f, r.u_w, r.u_b))
+        cosines += torch.stack([cosine(v, u) for v, u in ((v_f, u_f), (v_b, u_f), (v_f, u_w), (v_f, u_b))]) / len(photos)
+        for i in range(len(shares)):
+            f, b = v_f[i : i + 1], v_b[i : i + 1]
+            terms = match_loss(f, b, u_f, 0), match_loss(f, b, u_f, lambda_b), refine_loss(f, u_b)
+            losses[:, i] += torch.stack(terms) / len(photos)
+    titles, at = ("kept, class text", "dropped, class text", "kept, true word", "kept, prompt"), [(1, "the object")]
+    curves = {title: (shares, row.tolist()) for title, row in zip(titles, cosines)}
+    x_label, ticks = "kept: 1 = the object, 2 = the whole photo", (0.1, 0.5, 1, 1.5, 2)
+    plot(curves, out / "3_growing.png", x_label, "cosine", ticks, at, low=0, high=1)
+    curves = {title: (shares, row.tolist()) for title, row in zip(("L_match, first term", "L_match", "L_refine"), losses)}
+    plot(curves, out / "3_losses.png", x_label, "loss", ticks, at, low=0)
+
+    def pick(rows, names):
+        wanted = [i for i, share in enumerate(shares) if round(share, 1) in (0.5, 1, 1.5, 2)]
+        return {name: {f"{shares[i]:.1f}": round(row[i].item(), 2) for i in wanted} for name, row in zip(names, rows)}
+
+    return {"growing, cosines": pick(cosines, titles), "growing, losses": pick(losses, ("first term", "L_match", "L_refine"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,26 +331,29 @@ def dense_features(clip, X):
 
 
 def heat_maps(r, out):
-    rows, table, side = [], {}, 128
+    rows, side, grid = [], 128, r.clip.visual.grid
+
+    def similar(name, k):  # -> {text: (g, g)}
+        features = dense_features(r.clip, view(r, name))[0].flatten(1).t()  # (g*g, E)
+        texts = (("class text", r.u_f), ("prompt", r.u_b), ("true word", r.u_w))
+        return {title: cosine(features, u[k][None]).reshape(grid, grid).numpy() for title, u in texts}
+
     for name in r.chosen:
-        k, X = class_of(r, name), view(r, name)
-        features = dense_features(r.clip, X)[0].flatten(1).t()  # (g*g, E)
-        photo = np.array(as_picture(X[0]).resize((side, side), Image.BICUBIC))
-        row = [(Image.fromarray(photo), "")]
-        inside = truth(r, name, k, (r.clip.visual.grid,) * 2).flatten()
-        for title, u in (("class text", r.u_f), ("prompt", r.u_b), ("true word", r.u_w)):
-            similar = cosine(features, u[k][None]).numpy()
-            scaled = (similar - similar.min()) / (similar.max() - similar.min())
-            row.append((heat(photo, torch.from_numpy(grown(scaled.reshape(r.clip.visual.grid, -1), side))[None]), ""))
-            if 0 < inside.sum() < len(inside):
-                table.setdefault(title, []).append((similar[inside].mean(), similar[~inside].mean()))
-        rows.append(row)
+        photo = np.array(as_picture(view(r, name)[0]).resize((side, side), Image.BICUBIC))
+        scaled = [(m - m.min()) / (m.max() - m.min()) for m in similar(name, class_of(r, name)).values()]
+        maps = [torch.from_numpy(grown(m, (side, side)))[None] for m in scaled]
+        rows.append([(Image.fromarray(photo), ""), *((heat(photo, m), "") for m in maps)])
     sheet(rows, out / "4_heat.png", ("photo", "class text", "learned prompt", "true word"))
-    return {
-        "mean cosine of patches on the object, beside it": {
-            title: [round(float(value), 2) for value in np.mean(pairs, axis=0)] for title, pairs in table.items()
-        }
-    }
+
+    table = defaultdict(list)
+    for name, k in with_one_class(r, 100):  # ANALYSIS: with true masks, brought to the patches
+        inside = truth(r, name, k, (grid, grid))
+        if 0 < inside.sum() < inside.size:
+            for title, m in similar(name, k).items():
+                for kind in ("all", r.split.classes[k]):
+                    table[title, kind].append((m[inside].mean(), m[~inside].mean()))
+    rounded = {", ".join(key): [round(float(x), 2) for x in np.mean(pairs, axis=0)] for key, pairs in sorted(table.items())}
+    return {"mean cosine of patches on the object, beside it": rounded}
 
 
 def prompts_again(r, out):
@@ -412,54 +377,26 @@ def prompts_again(r, out):
             losses.append([cosine(v_b, u_b).mean().item(), cosine(v_f, u_b).mean().item(), cosine(u_f, u_b).mean().item()])
         return learn[1](v_b, u_b, u_f, lambda_t, repel, v_f)
 
+    flags = {"data": r.folder / "data", "clip": r.folder / "clip.pt", "recipe": "toy", "phase": "prompts", "workers": 0}
+    flags |= {key: recipe[key] for key in ("seed", "steps", "batch")}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(r.folder / "cam/match.pt", folder)
         train_cam.prompt_learning, train_cam.prompt_loss = watched_learning, watched_loss
         try:
-            train_cam.main(
-                train_cam.parse_args(
-                    [
-                        "--data",
-                        str(r.folder / "data"),
-                        "--recipe",
-                        "toy",
-                        "--clip",
-                        str(r.folder / "clip.pt"),
-                        "--out",
-                        folder,
-                        "--phase",
-                        "prompts",
-                        "--workers",
-                        "0",
-                        "--seed",
-                        str(recipe["seed"]),
-                        "--steps",
-                        str(recipe["steps"]),
-                        "--batch",
-                        str(recipe["batch"]),
-                    ]
-                )
-            )
+            flags = [f"--{key}={value}" for key, value in {**flags, "out": folder}.items()]
+            train_cam.main(train_cam.parse_args(flags))
         finally:
             train_cam.prompt_learning, train_cam.prompt_loss = learn
         again = [read_checkpoint(Path(at) / "prompts.pt", "vectors", "")["vectors"] for at in (folder, r.folder / "cam")]
     difference = (again[0] - again[1]).abs().max().item()
     if difference > 0.05:
-        raise InputError(
-            f"{r.folder / 'cam/prompts.pt'}: learned again they differ by {difference}; expected the same but for "
-            "rounding; was this run made by another version? run the demo again"
-        )
+        raise InputError(f"{r.folder / 'cam/prompts.pt'}: learned again they differ by {difference}; expected the same but for "
+                         "rounding; was this run made by another version? run the demo again")
     xs = [(step + 0.5) / per_epoch for step in steps]
     smooth = lambda values: [float(np.mean(values[max(0, i - 4) : i + 5])) for i in range(len(values))]  # noqa: E731
-    plot(
-        {
-            title: (xs, smooth([row[i] for row in losses]))
-            for i, title in enumerate(("sim(v^b, u^b), pulled up", "sim(v^f, u^b)", "sim(u^f, u^b), pushed down"))
-        },
-        out / "4_prompts.png",
-        "epoch",
-        "cosine",
-    )
+    titles = ("sim(v^b, u^b), pulled up", "sim(v^f, u^b)", "sim(u^f, u^b), pushed down")
+    curves = {title: (xs, smooth(row)) for title, row in zip(titles, zip(*losses))}
+    plot(curves, out / "4_prompts.png", "epoch", "cosine, means of 9 steps", range(1, math.ceil(max(xs))))
     return {"nearest word after epochs": {str(epoch): row for epoch, row in words.items()}}
 
 
@@ -468,36 +405,46 @@ def prompts_again(r, out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def mask_gradient(r, name, k):
+    """dL_refine / dM (R, R) of one photo, M that of matching; mean over 5 x 5 pixels"""
+    with torch.no_grad():
+        M, X = mask_of(r, "match", name, k), view(r, name)
+    M.requires_grad_(True)
+    v_f, _ = embed_masked(r.clip, X, M)
+    (gradient,) = torch.autograd.grad(refine_loss(v_f, r.u_b[k][None]), M)
+    return F.avg_pool2d(gradient, 5, 1, 2)[0, 0]
+
+
 def removes(r, out, count=300):
-    """For each class the photo, of the first ones, from whose CAM refinement takes most."""
+    """For each class the photo, of the first ones with one class, whose CAM refinement changes most (mean squared difference)."""
+    def cams(name, k, size):
+        return (read_cams(r.folder / f"cams_{phase}", name, [k], size) for phase in ("match", "refine"))
+
     found, rows = {}, []
-    for name in r.split.names[:count]:
-        if r.split.labels[name].sum() == 1:
-            k, size = class_of(r, name), r.split.image(name).size[::-1]
-            before, after = (read_cams(r.folder / f"cams_{phase}", name, [k], size) for phase in ("match", "refine"))
-            taken = (before - after).clamp(min=0).mean().item()
-            if taken > found.get(k, (-1,))[0]:
-                found[k] = taken, name, before, after
+    for name, k in with_one_class(r, count):
+        before, after = cams(name, k, r.split.image(name).size[::-1])
+        change = (before - after).square().mean().item()
+        if change > found.get(k, (-1,))[0]:
+            found[k] = change, name, before, after
     for k, (_, name, before, after) in sorted(found.items()):
         photo = np.array(r.split.image(name))
-        size = photo.shape[:2]
-        with torch.no_grad():
-            M, X = mask_of(r, "match", name, k), view(r, name)
-        M.requires_grad_(True)
-        v_f, _ = embed_masked(r.clip, X, M)
-        (gradient,) = torch.autograd.grad(refine_loss(v_f, r.u_b[k][None]), M)
-        g = grown(F.avg_pool2d(gradient, 5, 1, 2)[0, 0], size[0])
-        rows.append(
-            [
-                (Image.fromarray(photo), ""),
-                (heat(photo, before), ""),
-                (heat(photo, after), ""),
-                (blend(photo, (before - after)[0].numpy()), ""),
-                (blend(photo, g / (abs(g).max() + 1e-12)), ""),
-            ]
-        )
+        g = grown(mask_gradient(r, name, k), photo.shape[:2])
+        cells = (Image.fromarray(photo), heat(photo, before), heat(photo, after), blend(photo, (before - after)[0].numpy()),
+                 blend(photo, g / (abs(g).max() + 1e-12)))
+        rows.append([(cell, "") for cell in cells])
     sheet(rows, out / "5_removes.png", ("photo", "CAM, matching", "CAM, refined", "their difference", "dL_refine / dM"))
-    return {}
+
+    difference, gradient = defaultdict(list), []
+    for name, k in with_one_class(r, 100):  # ANALYSIS: with true masks
+        inside = truth(r, name, k)
+        before, after = (cam[0].numpy() for cam in cams(name, k, inside.shape))
+        for kind in ("all", r.split.classes[k]):
+            difference[kind].append([(after - before)[where].mean() for where in (inside, ~inside)])
+        g, inside = mask_gradient(r, name, k).numpy(), truth(r, name, k, (r.clip.resolution,) * 2)
+        gradient.append([(part[inside].sum() / max(part.sum(), 1e-12)) for part in (g.clip(min=0), (-g).clip(min=0))])
+    rounded = {kind: [round(float(x), 3) for x in np.mean(rows, axis=0)] for kind, rows in sorted(difference.items())}
+    shares = dict(zip(("red", "blue"), (round(float(x), 3) for x in np.mean(gradient, axis=0))))
+    return {"refined minus matching CAM, on the object, beside it": rounded, "share of the gradient on the object": shares}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,16 +461,11 @@ def score_and_crf(r, out):
         labels = read_labels(r.split.root / f"masks/{name}.png", None, C)
         cams = read_cams(r.folder / "cams_refine", name, present, labels.shape)
         counts = counts + np.stack([confusion_matrix(score_labels(cams, present, score), labels, C) for score in scores])
-    found = [float(np.nanmean(iou(matrix))) for matrix in counts]
-    best = chosen["background_score"]
-    plot({"loss under CLIP": (scores, losses)}, out / "6_score.png", "background score", "loss", [(best, f"chosen {best}")])
-    plot(
-        {"mIoU (analysis only, true masks)": (scores, found)},
-        out / "6_miou.png",
-        "background score",
-        "mIoU",
-        [(best, f"chosen {best}")],
-    )
+    found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts]
+    best, ticks = chosen["background_score"], [i / 10 for i in range(2, 10)]
+    mark = [(best, f"chosen {best}")]
+    plot({"loss under CLIP": (scores, losses)}, out / "6_score.png", "background score", "loss", ticks, mark)
+    plot({"mIoU (analysis only, true masks)": (scores, found)}, out / "6_miou.png", "background score", "mIoU", ticks, mark)
     rows, preset = [], PRESETS["voc"]
     for name in r.chosen[::2]:
         present, photo = r.split.labels[name].nonzero()[0], np.array(r.split.image(name))
@@ -536,14 +478,8 @@ def score_and_crf(r, out):
             row.append((coloured(np.array([0, *(1 + present)], np.uint8)[Q.argmax(0).numpy()]), ""))
         rows.append([*row, (coloured(read_labels(r.split.root / f"masks/{name}.png", None, C)), "")])
     sheet(rows, out / "6_crf.png", ("photo", "CRF, 0 steps", "1 step", "3 steps", "10 steps", "truth"))
-    return {
-        "background score": {
-            "chosen": best,
-            "mIoU there": round(100 * found[scores.index(best)], 1),
-            "best mIoU of the 16": round(100 * max(found), 1),
-            "at": scores[int(np.argmax(found))],
-        }
-    }
+    best_found = {"best mIoU of the 16": round(max(found), 1), "at": scores[int(np.argmax(found))]}
+    return {"background score": {"chosen": best, "mIoU there": round(found[scores.index(best)], 1), **best_found}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,23 +493,15 @@ def model(r, out, count=48):
     C, found = len(classes) + 1, []
     for name in r.split.names[:count]:
         photo = r.split.image(name)
-        labels, teacher = (
-            read_labels(r.split.root / f"masks/{name}.png", None, C),
-            read_labels(r.folder / f"masks/{name}.png", None, C),
-        )
+        labels, teacher = (read_labels(folder / f"masks/{name}.png", None, C) for folder in (r.split.root, r.folder))
         predicted = predict_labels(segmenter, photo, recipe, True, torch.device("cpu"))
         right = [float((each == labels).mean()) for each in (teacher, predicted)]
         found.append((right[1] - right[0], name, right, [photo, *map(coloured, (teacher, predicted, labels))]))
     found.sort(key=lambda row: (row[0], row[1]))
-    rows = [
-        [
-            (cells[0], ""),
-            (cells[1], f"{100 * right[0]:.0f} % of pixels right"),
-            (cells[2], f"{100 * right[1]:.0f} %"),
-            (cells[3], ""),
-        ]
-        for _, _, right, cells in [*found[:-4:-1], found[0]]
-    ]
+    rows = []
+    for _, _, right, cells in [*found[:-4:-1], found[0]]:
+        told = ("", f"{100 * right[0]:.0f} % of pixels right", f"{100 * right[1]:.0f} %", "")
+        rows.append(list(zip(cells, told, strict=True)))
     sheet(rows, out / "7_model.png", ("photo", "pseudo mask", "prediction", "truth"), lines=1)
     better = sum(row[0] > 0 for row in found)
     return {"photos on which the model is better than its pseudo mask": f"{better} of {len(found)}"}
@@ -593,62 +521,34 @@ def log_curves(path, out):
     for phase, rows in phases.items():
         names = [name for name in rows[0] if name not in ("phase", "step", "epoch", "lr", "images_per_s", "eta_s", "gib")]
         xs = [row["step"] for row in rows]
-        plot(
-            {name: (xs, [row[name] for row in rows]) for name in names},
-            out / f"log_{path.parent.name}_{phase}.png",
-            "step",
-            "loss, and sim in prompts",
-            size=(420, 240),
-        )
+        curves = {name: (xs, [row[name] for row in rows]) for name in names}
+        plot(curves, out / f"log_{path.parent.name}_{phase}.png", "step", "loss, and sim in prompts", size=(420, 240))
     return [f"log_{path.parent.name}_{phase}.png" for phase in phases]
 
 
 CAPTIONS = [  # picture, heading or "" where it goes with the one before, what it shows
-    (
-        "1_looks.png",
-        "What a classifier looks at",
-        "A photo of each class, the classifier's probabilities; CAMs after classification, matching, refinement (blue 0, red 1).",
-    ),
-    ("1_cooccurrence.png", "", "mIoU of the CAMs over co-occurrence, from the ablation of three seeds in docs/results.md."),
-    (
-        "2_regions.png",
-        "The regions CLIP is shown",
-        "X, mask, kept and dropped region of one photo, with their cosines to the class text, the true background word (analysis "
-        "only) and the learned prompt; rows: classification, matching, refinement.",
-    ),
-    (
-        "3_growing.png",
-        "L_match as a curve",
-        "Cosines of what a mask keeps that grows from the middle of the true object to the whole photo "
-        "(analysis only); means of 48 photos.",
-    ),
-    (
-        "3_losses.png",
-        "",
-        "The same as losses: the pull of L_match is nearly flat from the object to the whole photo, L_refine is not.",
-    ),
-    (
-        "4_heat.png",
-        "What the prompts learn",
-        "Patch features of CLIP against class text, learned prompt and true background word (analysis only).",
-    ),
+    ("1_looks.png", "What a classifier looks at", "A photo of each class, the classifier's probabilities; CAMs after "
+     "classification, matching, refinement (blue 0, red 1)."),
+    ("1_cooccurrence.png", "", "mIoU of the CAMs over co-occurrence. Not of this run: from the ablation in docs/results.md."),
+    ("2_regions.png", "The regions CLIP is shown", "X, mask, kept and dropped region of one photo, with their cosines to the class "
+     "text, the true background word (analysis only) and the learned prompt; rows: after classification, matching, refinement."),
+    ("3_growing.png", "L_match as a curve", "Cosines of what a mask keeps and drops that grows from the middle of the true object "
+     "to the whole photo (analysis only); means of 48 photos."),
+    ("3_losses.png", "", "The losses of these masks: L_match, its first term alone, and L_refine."),
+    ("4_heat.png", "What the prompts learn", "Patch features of CLIP against class text, learned prompt and true background word "
+     "(analysis only); blue the least, red the most similar patch of each photo."),
     ("4_prompts.png", "", "Cosines of the learned prompts with dropped region, kept region and class text during prompt learning."),
-    (
-        "5_removes.png",
-        "What refinement removes",
-        "For each class the photo from which refinement takes most: CAM after matching, after refinement, their difference (red: "
-        "taken away, blue: added), and the gradient of L_refine on the mask after matching (red: the mask should shrink there).",
-    ),
+    ("5_removes.png", "What refinement removes", "For each class the photo that refinement changes most: CAM after matching, after "
+     "refinement, their difference (red: taken away, blue: added), and the gradient of L_refine on the mask after matching "
+     "(red: the mask should shrink there; scaled to each photo's maximum)."),
     ("6_score.png", "From CAM to mask", "The loss under CLIP of the 16 background scores; the least is chosen."),
     ("6_miou.png", "", "mIoU of the same scores, found with true masks: analysis only, nothing reads it."),
     ("6_crf.png", "", "The dense CRF after 0, 1, 3 and 10 steps, and the truth."),
-    (
-        "7_model.png",
-        "From masks to a model",
-        "Where the model corrects its teacher most, among 48 training photos, and in the last row "
-        "where it spoils most (chosen with true masks: analysis only).",
-    ),
+    ("7_model.png", "From masks to a model", "Where the model corrects its teacher most, among 48 training photos, and in the last "
+     "row where it spoils most (chosen with true masks: analysis only)."),
 ]
+TITLES = {"classify": "classification CAM", "match": "matching CAM", "refine": "refined CAM", "masks_plain": "pseudo mask, no CRF",
+          "masks": "pseudo mask, CRF", "seg": "segmentation (val)", "full": "fully supervised (val)"}
 
 
 def page(r, tables, logs):
@@ -657,22 +557,13 @@ def page(r, tables, logs):
     picture = lambda file, alt: f'<img src="{html.escape(file)}" alt="{html.escape(alt)}">'  # noqa: E731
     figure = lambda file, text: f"<figure>{picture(file, text)}<figcaption>{html.escape(text)}</figcaption></figure>"  # noqa: E731
     cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"  # noqa: E731
-    titles = {
-        "classify": "classification CAM",
-        "match": "matching CAM",
-        "refine": "refined CAM",
-        "masks_plain": "pseudo mask, no CRF",
-        "masks": "pseudo mask, CRF",
-        "seg": "segmentation (val)",
-        "full": "fully supervised (val)",
-    }
     words = tables["nearest word after epochs"]
     body = [
         "<h1>SemPLeS on the toy world</h1>",
         f"<p>Seed {r.seed}. The method, section by section, with these pictures: docs/method.md.</p>",
         "<h2>Scores</h2><table>",
         cells("th", ("stage", "mIoU")),
-        *(cells("td", (titles[key], f"{table[key]:.1f}")) for key in titles),
+        *(cells("td", (TITLES[key], f"{table[key]:.1f}")) for key in TITLES),
         "</table>",
         "<h2>A photo of each class</h2>",
         figure("strip.png", "Photo; CAM after classification, matching, refinement; pseudo mask; truth."),
@@ -680,20 +571,13 @@ def page(r, tables, logs):
     for file, heading, text in CAPTIONS:
         body += [f"<h2>{heading}</h2>"] * bool(heading) + [figure(f"companion/{file}", text)]
         if file == "4_prompts.png":
-            body += [
-                "<p>The noun nearest to each class's prompt after so many epochs:</p>",
-                "<div><table>",
-                cells("th", ("epoch", *r.split.classes)),
-                *(cells("td", (epoch, *row)) for epoch, row in words.items()),
-                "</table></div>",
-            ]
-    body += [
-        "<h2>Trainings</h2>",
-        *(
-            figure(f"companion/{name}", f"Losses of {name.split('_', 2)[2][:-4]} ({name.split('_')[1]}/log.jsonl).")
-            for name in logs
-        ),
-    ]
+            rows = (cells("td", (epoch, *row)) for epoch, row in words.items())
+            body += ["<p>The noun nearest to each class's prompt after so many epochs:</p>", "<div><table>",
+                     cells("th", ("epoch", *r.split.classes)), *rows, "</table></div>"]
+    body.append("<h2>Trainings</h2>")
+    for name in logs:
+        _, folder, phase = name[:-4].split("_", 2)
+        body.append(figure(f"companion/{name}", f"Losses of {phase} ({folder}/log.jsonl)."))
     text = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
         'initial-scale=1"><title>SemPLeS on the toy world</title><style>\n'

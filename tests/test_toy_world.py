@@ -64,8 +64,8 @@ def test_rows_vary_the_weights_around_the_recipe():
     titles = [row.title for row in ablation.ROWS]
     assert len(set(titles)) == len(titles)
     weights = {row.title: row.value for row in ablation.ROWS if "lambda_" in row.title}
-    for name, default in (("lambda_R", 1), ("lambda_T", 0.02)):
-        assert [weights[f"{name} x {x}"] for x in (0.25, 0.5, 2, 4)] == pytest.approx([x * default for x in (0.25, 0.5, 2, 4)])
+    for name, default, factors in (("lambda_R", 1, (0, 0.25, 0.5, 2, 4)), ("lambda_T", 0.02, (0.25, 4))):
+        assert [weights[f"{name} x {x}"] for x in factors] == pytest.approx([x * default for x in factors])
     assert {name for _, points in ablation.PANELS for _, name in points} <= set(titles)
 
 
