@@ -346,7 +346,8 @@ def main(args):
             if scored:
                 cells.append(coloured(read_labels(truth_folder / f"{name}.png", photo.size[::-1], C)))
             rows.append([photo, *cells])
-        captions = ["photo", *(column.split("=", 1)[0] for column in args.columns), "prediction", "truth"]
+        captions = ["photo", *(column.split("=", 1)[0] for column in args.columns),
+                    Path(args.pred or args.cams or args.checkpoint).stem, "truth"]
         picture_strip(rows, captions[:len(rows[0])], args.strip)
 
     # ------------------------------------------------------------------------------------------ report
