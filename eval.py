@@ -16,6 +16,7 @@ any photos, with the classes of the checkpoint.
 """
 import argparse
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -95,15 +96,19 @@ def iou(matrix):
 # Prediction
 # ---------------------------------------------------------------------------------------------------------------------
 
-def slide(model, x, window, stride):
-    """x (1, 3, H, W) -> scores (1, C, H, W), means over windows `stride` pixels apart, the last ones flush with the border"""
-    H, W = x.shape[2:]
+def slide(model, x, window, stride, most=8):
+    """x (B, 3, H, W) -> scores (B, C, H, W), means over windows `stride` pixels apart, the last ones flush with the border.
+
+    `most` windows of the B images are one batch."""
+    B, _, H, W = x.shape
     h, w = min(window, H), min(window, W)
-    total, seen = 0, x.new_zeros(1, 1, H, W)
-    for top, left in product([*range(0, H - h, stride), H - h], [*range(0, W - w, stride), W - w]):
-        around = (left, W - w - left, top, H - h - top)
-        total = total + F.pad(model(x[:, :, top:top + h, left:left + w]), around)
-        seen += F.pad(x.new_ones(1, 1, h, w), around)
+    places = list(product([*range(0, H - h, stride), H - h], [*range(0, W - w, stride), W - w]))
+    windows = torch.cat([x[:, :, top:top + h, left:left + w] for top, left in places])
+    scores = torch.cat([model(part) for part in windows.split(most)]).unflatten(0, (len(places), B))
+    total, seen = scores.new_zeros(B, scores.shape[2], H, W), scores.new_zeros(H, W)
+    for part, (top, left) in zip(scores, places):
+        total[:, :, top:top + h, left:left + w] += part
+        seen[top:top + h, left:left + w] += 1
     return total / seen
 
 
@@ -112,30 +117,32 @@ def predict(model, photo, recipe, flip, device):
     """PIL photo -> probabilities (C, H, W): mean of the softmax over scales and mirror images, as the recipe's test_* say."""
     W, H = photo.size
     short, window = min(H, W), recipe["test_window"]
-    total, passes = 0, 0
-    for scale in recipe["test_scales"]:
-        # as Segmenter does, no side is shorter than a window: 0.5 and 0.75 of 520 are both 480 then
-        x = scaled_input(photo, max(scale * recipe["side"], window or 0) / short, model.trunk.patch, most=8192 if window else 2048)
-        x = x.to(device)
-        for mirrored in ((False, True) if flip else (False,)):
-            view = x.flip(3) if mirrored else x
-            with autocast(device, "auto"):
-                scores = slide(model, view, window, recipe["test_stride"]) if window else model(view)
-            scores = scores.flip(3) if mirrored else scores                                     # (1, C, h, w)
-            total = total + F.interpolate(scores, size=(H, W), mode="bilinear", align_corners=False)[0].softmax(dim=0)
-            passes += 1
-    return total / passes                                                                       # (C, H, W)
+    # As Segmenter does, no side is shorter than a window: scales 0.5 and 0.75 of 520 are both 480 then, one pass of weight 2
+    scales = Counter(max(scale * recipe["side"], window or 0) / short for scale in recipe["test_scales"])
+    total = 0
+    for scale, weight in scales.items():
+        x = scaled_input(photo, scale, model.trunk.patch, most=8192 if window else 2048).to(device)
+        x = torch.cat([x, x.flip(3)]) if flip else x                                            # (2 or 1, 3, h, w)
+        with autocast(device, "auto"):
+            scores = slide(model, x, window, recipe["test_stride"]) if window else model(x)     # (2 or 1, C, h, w)
+        scores = torch.cat([scores[:1], scores[1:].flip(3)])
+        scores = F.interpolate(scores, size=(H, W), mode="bilinear", align_corners=False)
+        total = total + weight * scores.softmax(dim=1).mean(dim=0)
+    return total / len(recipe["test_scales"])                                                   # (C, H, W)
 
 
 def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):
-    """PIL photo -> labels uint8 (H, W) of the model, of those in ids, sharpened by the CRF of the recipe's test_crf."""
+    """PIL photo -> labels uint8 (H, W) of the model, of those in ids, sharpened by the CRF of the recipe's test_crf among the
+    labels that win at some pixel."""
     view = photo.copy()
     view.thumbnail((LARGEST, LARGEST))                                                          # smaller ones stay as they are
     prob = predict(model, view, recipe, flip, device)[ids]                                      # (len(ids), h, w)
+    labels = prob.argmax(0)                                                                     # (h, w)
     if recipe["test_crf"] != "none":
-        preset = PRESETS[recipe["test_crf"]]
-        prob = dense_crf(torch.from_numpy(np.array(view)), prob, preset["gaussian"], preset["bilateral"])
-    labels = Image.fromarray(np.arange(256, dtype=np.uint8)[ids][prob.argmax(0).cpu().numpy()])
+        winners, preset = labels.unique(), PRESETS[recipe["test_crf"]]
+        Q = dense_crf(torch.from_numpy(np.array(view)), prob[winners], preset["gaussian"], preset["bilateral"])
+        labels = winners[Q.argmax(0)]
+    labels = Image.fromarray(np.arange(256, dtype=np.uint8)[ids][labels.cpu().numpy()])
     return np.array(labels.resize(photo.size, Image.NEAREST))
 
 

@@ -58,6 +58,7 @@ PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weig
     "voc": dict(unary="hard", gaussian=(4, 3), bilateral=(83, 5, 3)),  # WeakTr and SemPLeS, VOC
     "irn": dict(unary="hard", gaussian=(3, 3), bilateral=(50, 5, 10)),  # IRNet, and COCO
     "prob": dict(unary="prob", gaussian=(1, 3), bilateral=(67, 3, 4)),  # CLIP-ES, and COCO test images
+    "voc-test": dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3)),  # WeakTr, segmentation of VOC's test images
     "none": None,
 }
 
@@ -533,7 +534,7 @@ def background_score(choice, folder):
     path, how = Path(folder) / BACKGROUND, "given"
     try:
         if choice == "auto":
-            choice, how = json.loads(path.read_text())["background_score"], "auto: the least loss under CLIP, no true mask used"
+            choice, how = json.loads(path.read_text())["background_score"], "auto: chosen by CLIP, no true mask used"
         score = float(choice)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         score = math.nan

@@ -75,12 +75,12 @@ class Block(nn.Module):
 
     In training both terms lose a share `dropout` of their values, and are left out for a share `drop_path` of the images."""
 
-    def __init__(self, width, drop_path=0.0, dropout=0.0):
+    def __init__(self, width, drop_path=0.0, dropout=0.0, eps=1e-6):
         super().__init__()
         self.drop_path, self.dropout = drop_path, dropout
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict({"fc1": Linear(width, 4 * width), "fc2": Linear(4 * width, width)})
 
     def drop(self, y):
@@ -211,7 +211,9 @@ class MaskGenerator(nn.Module):
         self.options = {"class_attention": class_attention, "pool": pool, "reduction": reduction}
         self.trunk, self.num_classes, self.class_attention, self.pool = vit, num_classes, class_attention, pool
         vit.head, vit.norm = None, nn.Identity()  # its ImageNet classes are not ours; S reads its tokens before that norm
-        self.class_tokens = nn.Parameter((vit.cls_token + vit.pos_embed[:, :1]).detach().repeat(1, num_classes, 1))
+        # Two parameters of which only the sum counts: AdamW moves that at twice the rate, as in WeakTr.
+        self.class_tokens = nn.Parameter(vit.cls_token.detach().repeat(1, num_classes, 1))     # (1, K, D)
+        self.class_positions = nn.Parameter(vit.pos_embed[:, :1].detach().repeat(1, num_classes, 1))
         vit.cls_token.requires_grad_(False)  # replaced by the class tokens
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
         self.fusion = AttentionFusion(len(vit.blocks) * vit.width // HEAD_WIDTH, reduction)
@@ -226,7 +228,7 @@ class MaskGenerator(nn.Module):
     def forward(self, image):
         """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w), non-negative, and logits (3, B, K): class tokens, pooled
         coarse and pooled fine."""
-        tokens, (h, w), maps, features = self.trunk(image, self.class_tokens, self.pool)
+        tokens, (h, w), maps, features = self.trunk(image, self.class_tokens + self.class_positions, self.pool)
         K = self.num_classes
         coarse = self.head(tokens[:, K:].transpose(1, 2).unflatten(2, (h, w)))  # [eq. W1]      # (B, K, h, w)
         A = self.fusion(maps.detach(), features.detach())                       # [eq. W2]      # (B, T, T)

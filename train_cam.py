@@ -34,7 +34,7 @@ import os
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial, reduce
+from functools import cache, lru_cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +72,15 @@ except ImportError:  # Windows: nothing keeps two runs apart there
 # Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length,
 #                R side of CLIP's input.
 
-TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; steps: 60 epochs of VOC's 10,582, COCO's 82,081 images
+TABLE = {  # AdamW; lr is not multiplied by batch / 512; steps: 60 epochs of VOC's 10,582, COCO's 82,081 images
     #                                 voc          coco            toy
     ("classify", "steps"):           (9_900,       76_920,         76),
     ("classify", "batch"):           (64,          64,             32),
-    ("classify", "lr"):              (7.5e-5,      2.5e-5,         1e-3),
+    ("classify", "lr"):              (7.5e-5,      6.25e-5,        1e-3),
     ("classify", "trunk_lr"):        (1,           1,              0.02),         # the trunk's share of lr
     ("classify", "warmup"):          (825,         6_410,          0),            # steps from a rate of 1e-6 up to lr
     ("classify", "last_lr"):         (1e-5,        1e-5,           0),            # where the cosine ends; 0 in the other phases
+    ("classify", "weight_decay"):    (0.03,        0.05,           0.03),
     ("classify", "class_attention"): (True,        True,           False),        # A_c2p in [eq. W3]
     ("classify", "pool"):            ("max",       "mean",         "max"),        # of the head features in [eq. W2]
     ("classify", "reduction"):       (8,           4,              2),            # of the L*A channels in the middle of its MLP
@@ -87,10 +88,12 @@ TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; step
     ("match", "batch"):              (64,          32,             16),
     ("match", "lr"):                 (6.4e-5,      3.2e-7,         1e-3),
     ("match", "trunk_lr"):           (0.1,         0.1,            0.02),         # of a CNN; a ViT's trunk stands still
+    ("match", "weight_decay"):       (0.03,        0.03,           0.03),
     ("match", "lambda_b"):           (2.4,         0.75,           0.75),
     ("prompts", "steps"):            (4_920,       38_460,         190),
     ("prompts", "batch"):            (128,         128,            32),
     ("prompts", "lr"):               (2.5e-2,      2.5e-3,         2.5e-2),
+    ("prompts", "weight_decay"):     (0.03,        0.03,           0.03),
     ("prompts", "lambda_t"):         (0.02,        0.01,           0.02),
     ("prompts", "repel"):            ("text",      "text",         "text"),       # what L_T pushes a prompt from
     ("prompts", "length"):           (30,          30,             30),           # P
@@ -98,8 +101,10 @@ TABLE = {  # AdamW, weight decay 0.03; lr is not multiplied by batch / 512; step
     ("refine", "batch"):             (64,          24,             16),
     ("refine", "lr"):                (6.4e-5,      2.4e-7,         1e-3),
     ("refine", "trunk_lr"):          (0.1,         0.1,            0.02),
+    ("refine", "weight_decay"):      (0.03,        0.03,           0.03),
     ("refine", "lambda_b"):          (2.4,         0.75,           0.75),
     ("refine", "lambda_r"):          (0.05,        0.2,            1),
+    ("views", "epochs"):             (60,          60,             None),         # the rate changes with these; None: each step
     ("views", "crop"):               (224,         224,            64),           # side in pixels
     ("views", "min_area"):           (0.08,        0.08,           0.4),          # smallest crop, as a share of the photo
     ("views", "augment"):            (True,        True,           False),        # RandAugment and erasing, not in prompts
@@ -181,9 +186,14 @@ def clip_view(clip, image):
     There 0 is CLIP's mean colour: what M hides in M X fades into it."""
     if image.shape[2:] != (clip.resolution, clip.resolution):
         image = F.interpolate(image, size=(clip.resolution, clip.resolution), mode="bicubic", antialias=True)
-    mean, std, clip_mean, clip_std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in
-                                      (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD))
+    mean, std, clip_mean, clip_std = normalisations(image.device)
     return (image * std + mean - clip_mean) / clip_std
+
+
+@cache
+def normalisations(device):
+    """ImageNet's mean and standard deviation, CLIP's mean and standard deviation, (3, 1, 1) each; copied to a device once"""
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)]
 
 
 def embed_masked(clip, X, M):
@@ -194,9 +204,9 @@ def embed_masked(clip, X, M):
 def embed_regions(clip, image, cam, labels, eps):
     """v^f, v^b (N, E) and the class k (N,) of every pair, in order of image, class.
 
-    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K), on the CPU, so that listing the pairs needs no
-    GPU. Only the maps of shown classes are touched."""
-    b, k = labels.nonzero(as_tuple=True)                                                        # (N,), (N,)
+    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K), on the CPU, so that listing the pairs does not
+    wait for a GPU. Only the maps of shown classes are touched."""
+    b, k = labels.nonzero().T.contiguous().to(image.device, non_blocking=True)                  # (N,), (N,)
     M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)                        # (N, 1, R, R)
     return *embed_masked(clip, clip_view(clip, image)[b], M), k
 
@@ -216,9 +226,8 @@ class Prompts(nn.Module):
         self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1) as in the official code
 
     def forward(self, k):
-        """classes (N,) -> u^b (N, E); a class that occurs more than once is encoded once"""
-        present, place = k.unique(return_inverse=True)
-        return self.clip[0].encode_prompts(self.vectors[present])[place]
+        """classes (N,) -> u^b (N, E); each class is encoded once, whether it occurs or not: a batch shows nearly all of them"""
+        return self.clip[0].encode_prompts(self.vectors)[k]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,19 +284,22 @@ def scaled_input(photo, scale, patch, most=8192):
 
 
 @torch.no_grad()
-def export_cams(generator, split, folder, scales, precision, device, rank, world):
-    """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n shown classes in class order.
+def export_cams(generator, split, folder, scales, device, rank, world):
+    """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n shown classes in class order. One that is there
+    is kept. In float32 whatever S was trained in: masks of bfloat16 maps have an IoU of 0.986 with these.
 
     Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class. All L*A attention
     maps are held at once: 2,500 patches (640 x 640 at scale 1.25) take 4 GB with DeiT-S, a phone's photo would take 1,000."""
     for name in tqdm(split.names[rank::world], desc="export", disable=None if rank == 0 else True):
+        if (folder / f"{name}.npy").is_file():
+            continue
         photo, present = split.image(name), torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)
         W, H = photo.size
         quarter, total = (-(-H // 4), -(-W // 4)), 0
         for scale in scales:
             x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(device)
             for flip in (False, True):
-                with explained("export", [name], "make the photo smaller, or pass --device cpu"), autocast(device, precision):
+                with explained("export", [name], "make the photo smaller, or pass --device cpu"):
                     cam, _ = generator(x.flip(3) if flip else x)
                 cam = cam[0, present, None].float()                                             # (n, 1, h, w)
                 total = total + F.interpolate(cam.flip(3) if flip else cam, size=quarter, mode="bilinear", align_corners=False)
@@ -296,13 +308,15 @@ def export_cams(generator, split, folder, scales, precision, device, rank, world
 
 
 @torch.no_grad()
-def background_losses(clip, u_f, u_b, split, folder, precision, device, rank, world, most=200):
-    """{background score: loss} over SCORES: how well CLIP reads the hard regions that the score cuts from the exported CAMs.
+def background_losses(clip, u_f, u_b, split, folder, device, rank, world, most=200):
+    """Losses (pairs, scores), float64: how well CLIP reads the hard regions that each of SCORES cuts from the exported CAMs.
 
-    The loss is L_match [eq. 1] + L_refine [eq. 3], all three terms of weight 1, of the masks
-        M_k = 1 where k has the greatest CAM and that is above the score, else 0
-    Means over the pairs of up to `most` images, spread over the split. Looks at photos, labels and CAMs; at no mask."""
-    total, pairs, R = torch.zeros(len(SCORES), dtype=torch.float64), 0, clip.resolution
+    A pair's loss has the cosines of L_match [eq. 1] and L_refine [eq. 3], two about the object, one about the background with
+    their weight together,
+        sim(v^b, u^f) - sim(v^f, u^f) + 2 sim(v^f, u^b),   of the mask M_k = 1 where k has the greatest CAM and that is above
+    the score, else 0. No logarithm: its slope depends on where a CLIP's cosines lie, which is near 0.25 in the real one.
+    For the pairs of up to `most` images, spread over the split. Looks at photos, labels and CAMs; at no mask."""
+    rows, R = [torch.zeros(0, len(SCORES), dtype=torch.float64)], clip.resolution
     names = split.names[::math.ceil(len(split.names) / most)]
     for name in tqdm(names[rank::world], desc="background score", disable=None if rank == 0 else True):
         k = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)                     # (n,)
@@ -313,24 +327,48 @@ def background_losses(clip, u_f, u_b, split, folder, precision, device, rank, wo
         cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()             # (n, H/4, W/4)
         cams = F.interpolate(cams[None], size=(R, R), mode="bilinear", align_corners=False)[0]  # (n, R, R)
         M = ((cams == cams.amax(0)) & (cams > cams.new_tensor(SCORES)[:, None, None, None])).float()  # (scores, n, R, R)
-        with autocast(device, precision):
-            v_f, v_b = (v.unflatten(0, M.shape[:2]) for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
-        total += len(k) * torch.stack([match_loss(f, b, u_f[k], lambda_b=1) + refine_loss(f, u_b[k])
-                                       for f, b in zip(v_f, v_b)]).cpu()
-        pairs += len(k)
-    total, pairs = (sum_over_processes(value, device) for value in (total, pairs))
-    return dict(zip(SCORES, (total / max(1, pairs)).tolist()))
+        v_f, v_b = (v.unflatten(0, M.shape[:2]) for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
+        losses = cosine(v_b, u_f[k]) - cosine(v_f, u_f[k]) + 2 * cosine(v_f, u_b[k])            # (scores, n)
+        rows.append(losses.T.cpu().double())
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, rows)
+        rows = sum(parts, [])
+    return torch.cat(rows)
+
+
+def choose_score(losses):
+    """Losses (pairs, scores) -> the background score, and the lowest and highest of SCORES that are not told from the best one.
+
+    The mean loss is flat around its minimum: which score has the least is chance, as the standard errors of the differences say
+    (two scores are told apart where the mean difference over the pairs exceeds two of them). The flanks of the valley are steep,
+    so chance hardly moves them: the background score is the middle between them, at a quarter of the valley's height."""
+    n = max(1, len(losses))
+    mean = losses.sum(dim=0) / n                                                                # (scores,)
+    error = (losses - losses[:, mean.argmin(), None]).std(dim=0, correction=0).nan_to_num() / n ** 0.5
+    close = torch.tensor(SCORES)[mean - mean.min() <= 2 * error]
+    at = np.linspace(SCORES[0], SCORES[-1], 301)
+    curve = np.interp(at, SCORES, mean)
+    flanks = np.flatnonzero(curve > curve.min() + (curve.max() - curve.min()) / 4)
+    low = max(flanks[flanks < curve.argmin()], default=-1) + 1  # where there is no flank, the end of the scores
+    high = min(flanks[flanks > curve.argmin()], default=len(at)) - 1
+    return round((at[low] + at[high]) / 2, 2), round(close.min().item(), 2), round(close.max().item(), 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop, also train_seg.py's
 # ---------------------------------------------------------------------------------------------------------------------
 
-def cosine_decay(step, steps, warmup=0, first=0, last=0):
-    """The rate at a step, as a share of lr: from `first` up to 1 in `warmup` steps, then on a half cosine down to `last`."""
+def cosine_decay(step, steps, epochs=None, warmup=0, first=0, last=0):
+    """The rate at a step, as a share of lr: from `first` up to 1 in `warmup` steps, else on a half cosine from 1 at step 0
+    down to `last`.
+
+    epochs: as with timm's schedule in DeiT's loop, the rate changes with these only, and one of them late; None: at each step."""
+    if epochs:
+        step = max(0, step * epochs // steps - 1) * steps / epochs
     if step < warmup:
         return first + (1 - first) * step / warmup
-    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def mixed_seed(*numbers):
@@ -372,7 +410,8 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
         with fitting(part, f"delete it to start {phase} again"):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty after float32 and bfloat16: then the new one begins with its own
+                scaler.load_state_dict(state["scaler"])
             start = state["step"]
     n_images, interval = len(dataset), max(1, steps // 60)
     order = partial(batches, n_images, recipe["batch"], steps=steps, seed=args.seed, rank=rank, world=world)
@@ -390,7 +429,7 @@ def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank
             image, labels, i = next(loaded)
             with mixed:
                 values, n = step_loss(parallel, image.to(device, non_blocking=True), labels)
-            share = n * world / max(1, sum_over_processes(n, device)) if world > 1 else 1  # so that the mean runs over all n
+            share = share_of_all(n, device)  # so that the mean runs over all n of all processes
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(values["loss"] * share).backward()
         scaler.step(optimizer)
@@ -433,6 +472,15 @@ def explained(where, names, remedy):
             raise
         what = "out of memory" if out_of_memory else "a process that loads images was killed"
         raise InputError(f"{where}: {what}, with images {', '.join(names)}; expected memory for them; {remedy}") from None
+
+
+def share_of_all(n, device):
+    """n over its mean of all processes, by which DistributedDataParallel's mean becomes one over all n; stays on the device"""
+    if not dist.is_initialized():
+        return 1
+    total = torch.full((), float(n), device=device)
+    dist.all_reduce(total)
+    return n * dist.get_world_size() / total.clamp(min=1)
 
 
 def window_means(rows, device):
@@ -537,6 +585,21 @@ def hold(folder):
         os.close(HELD.pop(folder))
         raise InputError(f"{folder}: another run is writing there; expected one at a time; wait for it, or pass another folder"
                          ) from None
+
+
+def clear_unless(kept, folder, made_of, files):
+    """Remove these files of a folder, unless they are to be kept and were made of the same, which folder/made_of.json says."""
+    note = folder / "made_of.json"
+    if not (kept and note.is_file() and json.loads(note.read_text()) == made_of):
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+        write_file(note, lambda path: path.write_text(json.dumps(made_of)))
+
+
+def file_digest(path):
+    """The first 16 hexadecimal digits of a file's SHA-256"""
+    with suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def read_checkpoint(path, needs, remedy):
@@ -644,7 +707,7 @@ class Split:
         self.classes, self.words, self.upright = read_classes(self.root / "classes.txt")
         table = self.root / f"{split}.csv"
         lines = read_text(table, "expected a photo a line, `PATH,CLASS;CLASS`; pass another --split, or write it with prepare/")
-        self.paths, self.labels = {}, {}
+        self.paths, self.labels, index = {}, {}, {name: k for k, name in enumerate(self.classes)}
         try:
             rows = list(csv.reader(lines.splitlines(), strict=True))
         except csv.Error as error:
@@ -654,7 +717,7 @@ class Split:
                 continue
             where, path = f"{table}, line {number}", self.root / cells[0].strip()
             found = [name.strip() for name in ";".join(cells[1:]).split(";") if name.strip()]
-            unknown = [name for name in found if name not in self.classes]
+            unknown = [name for name in found if name not in index]
             if unknown:
                 raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(self.classes)} of classes.txt "
                                  f"({', '.join(self.classes[:4])}, ...); expected `PATH,CLASS;CLASS`; correct one of the two files")
@@ -664,7 +727,9 @@ class Split:
             if path.stem in self.paths:
                 raise InputError(f"{where}: a second photo named {path.stem}; expected different names, which masks get too; "
                                  "rename one, or take one line out")
-            self.paths[path.stem], self.labels[path.stem] = path, np.isin(self.classes, found)
+            self.paths[path.stem], self.labels[path.stem] = path, np.zeros(len(index), bool)
+            for name in found:
+                self.labels[path.stem][index[name]] = True
         self.names = list(self.paths)
         everything = "".join(f"{name}{labels.astype(int)}" for name, labels in self.labels.items())
         self.digest = f"{len(self.names)} photos, {hashlib.sha256(everything.encode()).hexdigest()[:8]}"
@@ -835,9 +900,10 @@ def main(args):
         trunk, rest = ([p for name, p in trained.items() if name.startswith("trunk.") == of_trunk] for of_trunk in (True, False))
         lr = recipe["lr"]
         optimizer = torch.optim.AdamW([{"params": trunk, "peak": lr * recipe.get("trunk_lr", 1)}, {"params": rest, "peak": lr}],
-                                      weight_decay=0.03, fused=device.type == "cuda")
+                                      weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
         warmup = recipe.get("warmup", 0) * recipe["steps"] // RECIPES[args.recipe][phase]["steps"]  # shorter with fewer --steps
-        decay = partial(cosine_decay, steps=recipe["steps"], warmup=warmup, first=1e-6 / lr, last=recipe.get("last_lr", 0) / lr)
+        decay = partial(cosine_decay, steps=recipe["steps"], epochs=recipe["epochs"], warmup=warmup, first=1e-6 / lr,
+                        last=recipe.get("last_lr", 0) / lr)
         train(phase, model, step_loss, crops, optimizer, decay, recipe, args, rank, world, device)
 
         state = {"phase": phase, "classes": split.classes, "words": split.words, "recipe": recipe}
@@ -859,18 +925,24 @@ def main(args):
         if rank == 0:
             hold(folder)
             (folder / BACKGROUND).unlink(missing_ok=True)  # that of earlier CAMs
-        export_cams(generator, split, folder, RECIPES[args.recipe]["export"]["scales"], args.precision, device, rank, world)
+        scales = RECIPES[args.recipe]["export"]["scales"]
+        if rank == 0:
+            made_of = {"generator": file_digest(exported), "scales": list(scales), "photos": split.digest}
+            clear_unless(args.resume, folder, made_of, [f"{name}.npy" for name in split.names])
+        wait_for_all()
+        export_cams(generator, split, folder, scales, device, rank, world)
         wait_for_all()
         if clip:
-            losses = background_losses(clip, u_f, background(), split, folder, args.precision, device, rank, world)
-            chosen = min(losses, key=losses.get)
+            losses = background_losses(clip, u_f, background(), split, folder, device, rank, world)
+            score, low, high = choose_score(losses)
             if rank == 0:
-                state = json.dumps({"background_score": chosen, "losses": losses}, indent=1)
-                write_file(folder / BACKGROUND, lambda path: path.write_text(state))
-                print("loss of each background score: " + ", ".join(f"{score} {loss:.3f}" for score, loss in losses.items()))
-                print(f"background score {chosen}, of the least loss, for CAMs in {folder}"
-                      + ("; the range ends there: look at the CAMs, and think of a number of your own (WeakTr's is 0.43)"
-                         if chosen in (SCORES[0], SCORES[-1]) else ""))
+                means = dict(zip(SCORES, losses.mean(dim=0).tolist()))
+                state = {"background_score": score, "not_told_apart": [low, high], "losses": means}
+                write_file(folder / BACKGROUND, lambda path: path.write_text(json.dumps(state, indent=1)))
+                print("loss of each background score: " + ", ".join(f"{score} {loss:.3f}" for score, loss in means.items()))
+                print(f"background score {score} for CAMs in {folder}; {len(losses)} (image, class) pairs do not tell the scores from "
+                      f"{low} to {high} from the best" + ("; the range ends there: look at the CAMs, and think of a number of your own "
+                                                          "(WeakTr's is 0.43)" if {low, high} & {SCORES[0], SCORES[-1]} else ""))
         elif rank == 0:
             print(f"no background score is chosen without {out / 'prompts.pt'} or --background-words: "
                   "give one to make_pseudo.py --background-score")

@@ -4,7 +4,11 @@ A plain ViT reads the photo; Segmenter's mask transformer (Strudel et al. 2021),
 vectors, gives every patch a score for each of the K + 1 labels; the scores are up-sampled:
 
     score(patch, label) = LayerNorm over the labels of cos(P patch, Q label), P and Q learned matrices         [eq. S1]
-    loss = mean -log softmax(scores)_y over the pixels whose label y is not 255 (ignore)
+    loss = mean L_i,   L_i = -log softmax(scores_i)_y   over the pixels i whose label y is not 255 (ignore)
+
+WeakTr's clipping of high losses, which wrong pseudo masks cause, is on for VOC and COCO: once the batch's mean of L is at most 1.2,
+
+    L_i := min(L_i, max(mean of L over i's patch of 120 x 120 and the batch, mean of L)),   no gradient through the bounds   [eq. S2]
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv, photos, and label PNGs (0 background, 1..K classes, 255 ignore) of any origin; --labels
 ROOT/masks gives the fully supervised upper bound. Writes OUT/seg.pt and OUT/log.jsonl.
@@ -19,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -43,15 +48,17 @@ from train_cam import (
 
 # Dimension key: B images, K classes, H W pixels, h w patch grid, D ViT width.
 
-TABLE = {  # SGD with Nesterov momentum 0.9; 264,500 steps are 100 epochs of VOC's 10,582 images
+TABLE = {  # SGD with Nesterov momentum 0.9; steps: 100 epochs of VOC's 10,582, COCO's 82,081 images
     #                voc                               coco                              toy
-    "steps":        (264_500,                          264_500,                          1_050),
+    "steps":        (264_500,                          2_052_000,                        1_050),
     "batch":        (4,                                4,                                8),
     "optimizer":    ("sgd",                            "sgd",                            "adamw"),
-    "lr":           (1e-3,                             1e-3,                             3e-4),    # of the decoder
+    "lr":           (1e-4,                             1e-4,                             3e-4),    # of the decoder
     "trunk_lr":     (0.1,                              0.1,                              1),       # the trunk's share of lr
     "last_lr":      (1e-5,                             1e-5,                             0),       # of the decoder, at the end
     "weight_decay": (0,                                0,                                1e-4),
+    "clip_start":   (1.2,                              1.2,                              0),       # [eq. S2]; 0: no clipping
+    "clip_patch":   (120,                              120,                              64),
     "drop_path":    (0.1,                              0.1,                              0),       # in the trunk
     "dropout":      (0.1,                              0.1,                              0),       # in the decoder
     "side":         (520,                              520,                              64),      # short side at scale 1
@@ -61,7 +68,7 @@ TABLE = {  # SGD with Nesterov momentum 0.9; 264,500 steps are 100 epochs of VOC
     "test_scales":  ((0.5, 0.75, 1, 1.25, 1.5, 1.75),  (0.5, 0.75, 1, 1.25, 1.5, 1.75),  (0.75, 1, 1.25, 1.5, 1.75)),
     "test_window":  (480,                              480,                              None),
     "test_stride":  (320,                              320,                              None),
-    "test_crf":     ("voc",                            "prob",                           "prob"),
+    "test_crf":     ("voc-test",                       "prob",                           "prob"),
 }
 RECIPES = {name: {key: row[i] for key, row in TABLE.items()} for i, name in enumerate(("voc", "coco", "toy"))}
 
@@ -77,8 +84,12 @@ class Segmenter(nn.Module):
         vit.head = None
         self.enter = Linear(vit.width, vit.width)
         self.label_vectors = nn.Parameter(torch.randn(1, num_labels, vit.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(vit.width, dropout=dropout) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(vit.width, dropout=dropout, eps=1e-5) for _ in range(2))
         self.norm = nn.LayerNorm(vit.width)
+        for layer in (self.enter, *self.blocks.modules()):
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.P, self.Q = (nn.Parameter(vit.width ** -0.5 * torch.randn(vit.width, vit.width)) for _ in range(2))
         self.label_norm = nn.LayerNorm(num_labels)
 
@@ -106,22 +117,23 @@ def load_segmenter(path):
 
 
 class Labelled(Dataset):
-    """Item (epoch, i): jointly augmented image (3, crop, crop), labels (crop, crop) int64, i; depends on (seed, epoch, i) alone."""
+    """Item (epoch, i): image (3, crop, crop), labels (crop, crop) int64, i, augmented alike: scale, crop, flip, colours, pad.
+
+    Where a photo is smaller than the crop, mean colour and label 255 are added below and at the right. An item depends on
+    (seed, epoch, i) alone."""
 
     def __init__(self, split, folder, side, scale, crop, seed):
-        self.split, self.folder, self.side, self.scale, self.seed = split, Path(folder), side, scale, seed
-        fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
-        self.augment = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
+        self.split, self.folder, self.side, self.scale, self.crop, self.seed = split, Path(folder), side, scale, crop, seed
+        self.augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
                                    v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-                                   v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomHorizontalFlip(),
-                                   v2.RandomCrop(crop, pad_if_needed=True, fill=fill)])  # beside the photo: mean colour, 255
+                                   v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     def __len__(self):
         return len(self.split.names)
 
     def __getitem__(self, place):
         epoch, i = place
-        name = self.split.names[i]
+        name, side = self.split.names[i], self.crop
         photo = self.split.image(name)
         W, H = photo.size
         labels = torch.from_numpy(read_labels(self.folder / f"{name}.png", (H, W), len(self.split.classes) + 1).copy())  # (H, W)
@@ -130,17 +142,38 @@ class Labelled(Dataset):
             low, high = self.scale
             scale = (low + (high - low) * torch.rand(()).item()) * self.side / min(H, W)
             size = [max(1, round(H * scale)), max(1, round(W * scale))]
-            photo = tv_tensors.Image(v2.functional.resize(v2.functional.pil_to_tensor(photo), size, InterpolationMode.BICUBIC))
-            labels = tv_tensors.Mask(v2.functional.resize(labels[None], size, InterpolationMode.NEAREST_EXACT))
-            photo, labels = self.augment(photo, labels)
-        return photo.as_subclass(torch.Tensor), labels[0].as_subclass(torch.Tensor).long(), i
+            photo = v2.functional.resize(v2.functional.pil_to_tensor(photo), size, InterpolationMode.BICUBIC)
+            labels = v2.functional.resize(labels[None], size, InterpolationMode.NEAREST_EXACT)
+            top, left = (int(torch.randint(max(0, full - side) + 1, ())) for full in size)
+            photo, labels = (part[:, top:top + side, left:left + side] for part in (photo, labels))
+            photo, labels = self.augment(tv_tensors.Image(photo), tv_tensors.Mask(labels))
+        around = (0, side - photo.shape[2], 0, side - photo.shape[1])
+        photo, labels = F.pad(photo.as_subclass(torch.Tensor), around), F.pad(labels.as_subclass(torch.Tensor), around, value=255)
+        return photo, labels[0].long(), i
 
 
-def segmentation(model, image, labels):
-    """loss = mean -log softmax(scores)_y over the n pixels that are not 255, 0 where all are -> ({"loss": it}, n)"""
+def clip_high_losses(losses, counted, start, patch):
+    """L_i := min(L_i, max(mean of L over i's patch and the batch, mean of L)) once the mean of L is at most `start`  [eq. S2]
+
+    losses L (B, H, W), 0 where counted (B, H, W) is 0; means run over the counted pixels of all processes."""
+    _, H, W = losses.shape
+    sums = torch.stack([losses.detach().sum(0), counted.sum(0)])                                # (2, H, W)
+    sums = F.avg_pool2d(F.pad(sums, (0, -W % patch, 0, -H % patch)), patch)                     # (2, H/patch, W/patch)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    mean, means = sums[0].sum() / sums[1].sum(), sums[0] / sums[1].clamp(min=1e-9)
+    bound = means.maximum(mean).repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:H, :W]
+    return torch.where(mean <= start, losses.minimum(bound), losses)
+
+
+def segmentation(model, image, labels, clip_start, clip_patch):
+    """loss = mean L_i over the n pixels that are not 255, 0 where all are -> ({"loss": it}, n)   [eq. S1], [eq. S2]"""
     n = (labels != 255).sum().item()  # on the CPU
     scores, labels = model(image), labels.to(image.device, non_blocking=True)                   # (B, K + 1, H, W), (B, H, W)
-    return {"loss": F.cross_entropy(scores, labels, ignore_index=255, reduction="sum") / max(1, n)}, n
+    losses = F.cross_entropy(scores, labels, ignore_index=255, reduction="none")                # (B, H, W)
+    if clip_start:
+        losses = clip_high_losses(losses, (labels != 255).float(), clip_start, clip_patch)
+    return {"loss": losses.sum() / max(1, n)}, n
 
 
 def poly_decay(step, steps, last):
@@ -191,7 +224,8 @@ def main(args):
     make = {"sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True), "adamw": torch.optim.AdamW}[recipe["optimizer"]]
     optimizer = make(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
     decay = partial(poly_decay, steps=recipe["steps"], last=recipe["last_lr"] / recipe["lr"])
-    train("seg", model, segmentation, dataset, optimizer, decay, recipe, args, rank, world, device)
+    step_loss = partial(segmentation, clip_start=recipe["clip_start"], clip_patch=recipe["clip_patch"])
+    train("seg", model, step_loss, dataset, optimizer, decay, recipe, args, rank, world, device)
     if rank == 0:
         state = {"segmenter": model.state_dict(), "vit": model.trunk.sizes, "classes": split.classes, "words": split.words,
                  "recipe": recipe}

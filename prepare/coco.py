@@ -5,9 +5,10 @@
     python prepare/coco.py --coco data/coco --no-masks     # training needs no masks, eval.py does
 
 80 classes in the order of their category ids, which run to 90 with gaps. Images without any object are left out, as the field
-does: 82,081 and 40,137 remain. Labels are the classes of an image's objects, crowds too. Masks are drawn by pycocotools: where
-objects overlap the smaller one is seen; a crowd is 255 (ignore), below all objects: its outline takes in whatever stands between
-the people. Masks newer than the json are kept, so a killed run goes on when it is started again.
+does: 82,081 and 40,137 remain. Labels are the classes of an image's objects, crowds too. Masks are drawn by pycocotools as the
+field's are: where objects overlap, the first annotation wins; crowds are drawn as their class. Masks newer than the json are kept,
+so a killed run goes on when it is started again; those that an earlier version of this program drew by another rule must be
+deleted first.
 """
 import argparse
 import csv
@@ -36,15 +37,15 @@ OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
 
 
 def read_instances(path, with_outlines):
-    """instances json -> class names, images [(file name, (H, W), objects [(class, is a crowd, outline as text)])] that show any."""
-    objects = defaultdict(list)  # image id -> [(category id, is a crowd, outline)]
+    """instances json -> class names, images [(file name, (H, W), objects [(class, outline as text)])] that show any."""
+    objects = defaultdict(list)  # image id -> [(category id, outline)]
 
     def gather(entry):
         """Sees every {...} of the json once it is read. Outlines become text again: as numbers they take ten times as much."""
         if "category_id" not in entry:
             return entry
         outline = json.dumps(entry["segmentation"]) if with_outlines else ""
-        objects[entry["image_id"]].append((entry["category_id"], bool(entry.get("iscrowd")), outline))
+        objects[entry["image_id"]].append((entry["category_id"], outline))
 
     try:
         with open(path, encoding="utf-8") as file:
@@ -52,7 +53,7 @@ def read_instances(path, with_outlines):
         categories = sorted(whole["categories"], key=lambda category: category["id"])
         number = {category["id"]: k for k, category in enumerate(categories)}
         images = [(image["file_name"], (image["height"], image["width"]),
-                   [(number[c], crowd, outline) for c, crowd, outline in objects.pop(image["id"])])
+                   [(number[c], outline) for c, outline in objects.pop(image["id"])])
                   for image in whole["images"] if image["id"] in objects]
         if too_large := [name for name, (H, W), _ in images if not 0 < H * W < Image.MAX_IMAGE_PIXELS]:
             raise ValueError(f"the size of {too_large[0]}")
@@ -63,22 +64,19 @@ def read_instances(path, with_outlines):
 
 
 def draw_objects(size, objects, source):
-    """objects [(class, is a crowd, outline as text)] -> labels uint8 (H, W): 0 background, 1..K, 255 crowds."""
-    layers = []
-    for k, crowd, outline in objects:
+    """objects [(class, outline as text)] -> labels uint8 (H, W): 0 background, 1..K; where they overlap, the first one."""
+    labels = np.zeros(size, np.uint8)
+    for k, outline in reversed(objects):
         try:
             runs = json.loads(outline)  # polygons, or run lengths, as numbers or packed into text
             if isinstance(runs, list):
                 runs = coco_mask.merge(coco_mask.frPyObjects(runs, *size))
             elif isinstance(runs["counts"], list):
                 runs = coco_mask.frPyObjects(runs, *size)
-            layers.append((not crowd, -int(coco_mask.area(runs)), 255 if crowd else 1 + k, coco_mask.decode(runs) > 0))
+            labels[coco_mask.decode(runs) > 0] = 1 + k
         except Exception as error:  # pycocotools raises just that
             raise InputError(f"{source}: an object without a readable outline ({error}); expected polygons or run lengths; "
                              "download the annotations again, or pass --no-masks: training needs none") from None
-    labels = np.zeros(size, np.uint8)
-    for *_, label, mask in sorted(layers, key=lambda layer: layer[:2]):
-        labels[mask] = label
     return labels
 
 
@@ -132,7 +130,7 @@ def main(args):
         def write(path):
             with open(path, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerows(
-                    [(relative / name).as_posix(), ";".join(classes[k] for k in sorted({k for k, _, _ in objects}))]
+                    [(relative / name).as_posix(), ";".join(classes[k] for k in sorted({k for k, _ in objects}))]
                     for name, _, objects in images)
         write_file(out / f"{split}.csv", write)
         if args.masks:

@@ -5,7 +5,7 @@
     python prepare/voc.py --voc data/VOCdevkit/VOC2012 --out data/voc # writes elsewhere; photos are never copied
 
 A csv for each list in ImageSets/Segmentation (train, val, trainval, test, your own), and two more:
-    train_aug  SBD's 10,582 images: the list train_aug.txt, or the file names in SegmentationClassAug without those of val
+    train_aug  SBD's 10,582 images: the list train_aug.txt or trainaug.txt, or the file names in SegmentationClassAug without those of val
     train_xml  for who has VOC alone: all images whose XML names every object, without val. Image-level training needs no masks
 Labels are the classes of an image's XML boxes, difficult ones too. A test list whose images have no XML gets none.
 Masks come from SegmentationClass, and from SegmentationClassAug where only that one has them.
@@ -29,6 +29,7 @@ from train_cam import hold, write_file  # noqa: E402
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable: dining table",
            "dog", "horse", "motorbike", "person: player", "pottedplant: potted plant", "sheep", "sofa", "train",
            "tvmonitor: tv monitor"]
+ALIASES = {"trainaug": "train_aug"}  # mmsegmentation's and WeakTr's name of the list
 OFFICIAL = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582, "test": 1456}
 
 
@@ -104,7 +105,8 @@ def main(args):
     lines = read_lines(classes_file, "class names") if classes_file.is_file() else CLASSES
     lines = ["# exif: ignore", *(line for line in lines if line != "# exif: ignore")]  # boxes and masks refer to stored pixels
     classes = class_names(lines)
-    sources, aug = {path.stem: path for path in sorted(folder.glob("*.txt"))}, voc / "SegmentationClassAug"
+    sources = {ALIASES.get(path.stem, path.stem): path for path in sorted(folder.glob("*.txt"))}
+    aug = voc / "SegmentationClassAug"
     lists = {split: read_names(path) for split, path in sources.items()}
     val, test = set(lists.get("val", [])), set(lists.get("test", []))
     if "train_aug" not in lists and aug.is_dir():

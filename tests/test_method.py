@@ -212,6 +212,43 @@ def test_resume_equals_uninterrupted(phase, chain, cam, tmp_path, monkeypatch):
     assert (killed / f"{phase}.pt").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "float32"), ("float16", "bfloat16")])
+def test_resume_in_another_precision(before, after, chain, cam, tmp_path, monkeypatch):
+    """What `auto` does between cards: a GradScaler that float32 and bfloat16 have no use for starts anew."""
+    out = shutil.copytree(chain / "cam", tmp_path / "cam")
+    (out / "match.pt").unlink()
+    original = train_cam.log
+
+    def dies(out, row):
+        original(out, row)
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_cam, "log", dies)
+        cam(out, "--phase", "match", "--precision", before)
+    assert cam(out, "--phase", "match", "--precision", after, "--resume")["match"]["recipe"]["steps"] == 3
+
+
+def test_export_is_in_float32_and_kept_where_its_generator_is_the_same(chain, cam, tmp_path):
+    flags = ["--phase", "export", "--cams", tmp_path / "cams"]
+    cam(chain / "cam", *flags, "--precision", "bfloat16")
+    cams = {path.name: path.read_bytes() for path in (chain / "cam/cams").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cams").iterdir()} == cams
+    first = tmp_path / "cams/train_00000.npy"
+    first.write_bytes(b"kept")  # and what is missing is made again
+    (tmp_path / "cams/train_00001.npy").unlink()
+    with pytest.raises(ValueError):  # the background score reads it
+        cam(chain / "cam", *flags, "--resume")
+    assert first.read_bytes() == b"kept" and (tmp_path / "cams/train_00001.npy").read_bytes() == cams["train_00001.npy"]
+    other = ["--checkpoint", chain / "cam/match.pt"]
+    cam(chain / "cam", *flags, *other, "--resume")  # another generator: all anew
+    assert {path.name for path in (tmp_path / "cams").iterdir()} == set(cams)
+    assert first.read_bytes() != b"kept"
+    first.write_bytes(b"not kept")
+    cam(chain / "cam", *flags)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cams").iterdir()} == cams
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(toy, chain, cam, tmp_path):
     """All phases, same global batch; the export writes the same files."""

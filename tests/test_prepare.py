@@ -147,6 +147,11 @@ def test_sbd(tmp_path, capsys):
     (root / "ImageSets/Segmentation/train_aug.txt").write_text("/JPEGImages/b.jpg /SegmentationClassAug/b.png\n")  # as DeepLab's
     call(pascal, "--voc", root)
     assert list(read_csv(root / "train_aug.csv")) == ["b"]
+    (root / "ImageSets/Segmentation/train_aug.txt").rename(root / "ImageSets/Segmentation/trainaug.txt")  # mmsegmentation's name
+    call(pascal, "--voc", root)
+    assert list(read_csv(root / "train_aug.csv")) == ["b"] and not (root / "trainaug.csv").exists()
+    (root / "ImageSets/Segmentation/trainaug.txt").write_text("\n".join(["b"] * 12031))
+    assert "12,031 images for split train_aug; expected 10,582" in error_of(capsys, pascal, "--voc", root)
 
 
 def test_lists_as_people_write_them(tmp_path):
@@ -346,15 +351,14 @@ def test_no_masks_take_neither_pycocotools_nor_outlines(tmp_path, monkeypatch, c
 
 
 def draw(size, objects):
-    return coco.draw_objects(size, [(k, crowd, json.dumps(outline)) for k, crowd, outline in objects], "the file").tolist()
+    return coco.draw_objects(size, [(k, json.dumps(outline)) for k, outline in objects], "the file").tolist()
 
 
-def test_the_smaller_object_wins_and_crowds_lie_below():
-    everything, half, dot = [[0, 0, 4, 0, 4, 4, 0, 4]], [[0, 0, 2, 0, 2, 4, 0, 4]], [[0, 0, 1, 0, 1, 1, 0, 1]]
-    objects = [(0, False, dot), (4, True, everything), (2, False, half)]
-    for order in (objects, objects[::-1]):
-        assert draw((4, 4), order) == [[1, 3, 255, 255], *[[3, 3, 255, 255]] * 3]
-    assert draw((4, 4), [(0, False, everything), (4, True, dot)]) == [[1] * 4] * 4
+def test_the_first_object_wins():
+    """Two drawn objects that overlap: the field's rule, whatever their sizes."""
+    left, top = [[0, 0, 2, 0, 2, 4, 0, 4]], [[0, 0, 4, 0, 4, 1, 0, 1]]
+    assert draw((4, 4), [(0, left), (2, top)]) == [[1, 1, 3, 3], *[[1, 1, 0, 0]] * 3]
+    assert draw((4, 4), [(2, top), (0, left)]) == [[3, 3, 3, 3], *[[1, 1, 0, 0]] * 3]
 
 
 def test_all_forms_of_an_outline():
@@ -364,17 +368,17 @@ def test_all_forms_of_an_outline():
     ends = np.flatnonzero(np.diff(column)) + 1
     runs = np.diff([0, *ends, column.size]).tolist()
     for counts in (packed, [0, *runs] if column[0] else runs):
-        assert draw(mask.shape, [(4, False, {"size": list(mask.shape), "counts": counts})]) == (5 * mask).tolist()
+        assert draw(mask.shape, [(4, {"size": list(mask.shape), "counts": counts})]) == (5 * mask).tolist()
     parts = [[0, 0, 3, 0, 3, 3, 0, 3], [5, 5, 8, 5, 8, 8, 5, 8]]
     expected = np.zeros((10, 10), int)
     expected[:3, :3] = expected[5:8, 5:8] = 1
-    assert draw((10, 10), [(0, False, parts)]) == expected.tolist()
+    assert draw((10, 10), [(0, parts)]) == expected.tolist()
 
 
 @pytest.mark.parametrize("outline", [None, "text", {}, [], {"counts": [3]}, [["a", "b"]], [None]])
 def test_what_is_no_outline(outline):
     with pytest.raises(InputError, match="the file: an object without a readable outline"):
-        draw((4, 4), [(0, False, outline)])
+        draw((4, 4), [(0, outline)])
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -464,7 +468,7 @@ def test_coco_mini(tmp_path):
             assert set(found[name]) == {api.cats[entry["category_id"]]["name"] for entry in entries}
             masks = [api.annToMask(entry).astype(bool) for entry in entries]
             truth = np.zeros((image["height"], image["width"]), np.uint8)
-            for mask, entry in sorted(zip(masks, entries), key=lambda pair: -pair[0].sum()):
+            for mask, entry in reversed(list(zip(masks, entries))):  # the first annotation wins
                 truth[mask] = 1 + classes.index(api.cats[entry["category_id"]]["name"])
             assert np.array_equal(labels_in(out / f"masks/{name}.png"), truth)
     assert {path.suffix for path in out.rglob("*.*")} == {".png", ".csv", ".txt"}
