@@ -464,7 +464,7 @@ def score_and_crf(r, out):
     found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts]
     best, ticks = chosen["background_score"], [i / 10 for i in range(2, 10)]
     mark = [(best, f"chosen {best}")]
-    plot({"loss under CLIP": (scores, losses)}, out / "6_score.png", "background score", "loss", ticks, mark)
+    plot({"2 sim(v_f, u_b) + sim(v_b, u_f) - sim(v_f, u_f)": (scores, losses)}, out / "6_score.png", "background score", "loss", ticks, mark)
     plot({"mIoU (analysis only, true masks)": (scores, found)}, out / "6_miou.png", "background score", "mIoU", ticks, mark)
     rows, preset = [], PRESETS["voc"]
     for name in r.chosen[::2]:
@@ -479,7 +479,7 @@ def score_and_crf(r, out):
         rows.append([*row, (coloured(read_labels(r.split.root / f"masks/{name}.png", None, C)), "")])
     sheet(rows, out / "6_crf.png", ("photo", "CRF, 0 steps", "1 step", "3 steps", "10 steps", "truth"))
     best_found = {"best mIoU of the 16": round(max(found), 1), "at": scores[int(np.argmax(found))]}
-    return {"background score": {"chosen": best, "mIoU there": round(found[scores.index(best)], 1), **best_found}}
+    return {"background score": {"chosen": best, "mIoU there": round(float(np.interp(best, scores, found)), 1), **best_found}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
