@@ -16,7 +16,7 @@ SEED ?= 0
 	touch $@
 
 demo: .venv/ready
-	.venv/bin/python tests/demo.py --out $(OUT) --seed $(SEED)
+	.venv/bin/python experiments/demo.py --out $(OUT) --seed $(SEED)
 
 test: .venv/ready-tests
 	.venv/bin/python -m pytest tests

@@ -1,40 +1,37 @@
-"""Trains the mask generator through a frozen CLIP, from image-level labels alone (paper, sections 3.2 to 3.4).
+"""Trains the mask generator through a frozen CLIP, from image-level labels (paper, section 3).
 
-    X image, m = S(X)_k the CAM of a class k that X shows, M_k = (m - min m) / (max m - min m + eps) its mask in [0, 1]
-    X_k^f = M_k X the kept region, X_k^b = (1 - M_k) X the dropped one
-    v_k^f, v_k^b = E_I(X_k^f), E_I(X_k^b)    u_k^f = E_T("a photo of {class}.")    u_k^b = E_T(p_k), p_k a learned prompt
-    sim = cosine, c(x) = clamp(x, 1e-4, 1 - 1e-4); all means run over the N (image, shown class) pairs of the batch
+X image, m = S(X)_k the CAM of a class k that X shows, M = (m - min m) / (max m - min m + eps)
+X_k^f = M X kept region, X_k^b = (1 - M) X dropped region    v_k^f, v_k^b = E_I(X_k^f), E_I(X_k^b)
+u_k^f = E_T("a photo of {class}.")    u_k^b = E_T(p_k), p_k the learned background prompt of k
+sim = cosine, c(x) = clamp(x, 1e-4, 1 - 1e-4), means over the N (image, shown class) pairs
 
-    matching         L_match  = mean -log c(sim(v^f, u^f)) + lambda_b mean -log(1 - c(sim(v^b, u^f)))                  [eq. 1]
-    prompt learning  L_prompt = mean -log c(sim(v^b, u^b)) + lambda_T mean -log(1 - c(sim(u^f, u^b)))                  [eq. 2]
-    refinement       L_total  = L_match + lambda_R L_refine,   L_refine = mean -log(1 - c(sim(v^f, u^b)))              [eq. 3]
+  L_match  = mean -log c(sim(v^f, u^f)) + lambda_b mean -log(1 - c(sim(v^b, u^f)))       [eq. 1]
+  L_prompt = mean -log c(sim(v^b, u^b)) + lambda_T mean -log(1 - c(sim(u^f, u^b)))       [eq. 2]
+  L_total  = L_match + lambda_R L_refine,  L_refine = mean -log(1 - c(sim(v^f, u^b)))    [eq. 3]
 
-    --phase     what trains                          starts from                       loss
-    classify    all of S                             an ImageNet trunk                 multi-label soft margin
-    match       head and attention fusion of S *     classify.pt                       L_match
-    prompts     the vectors p                        random; regions of match.pt       L_prompt
-    refine      head and attention fusion of S *     classify.pt, prompts.pt           L_total
-    export      nothing: writes the CAMs of refine.pt and, with prompts.pt, the background score that goes with them
-    * of the ViT; of the CNN (--generator resnet, chosen in classify) all of it, the trunk at a lower rate
+--phase    starts from                       what trains                     loss
+classify   an ImageNet trunk                 all of S                        soft margin
+match      classify.pt                       head and attention fusion *     L_match
+prompts    random; regions of match.pt       the prompts p; S is frozen      L_prompt
+refine     classify.pt, prompts.pt           head and attention fusion *     L_total
+export     refine.pt, prompts.pt             nothing: writes CAMs and a background score
+* of the ViT; all of a CNN (--generator resnet), its trunk at a lower rate
 
-Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md); never a mask. Writes OUT/{classify,match,prompts,refine}.pt,
-OUT/prompts.txt, OUT/log.jsonl, OUT/cams/NAME.npy, OUT/cams/background.json.
+Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a mask. Writes
+OUT/PHASE.pt, OUT/PHASE.jsonl (the log), OUT/prompts.txt, OUT/cams/NAME.npy and background.json.
 
-    python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt --vit runs/toy/vit.pth --out runs/toy/cam
-    python train_cam.py --data data/VOCdevkit/VOC2012 --split train_aug --out runs/voc                     # one GPU
-    torchrun --nproc-per-node 4 train_cam.py ... the same ...                                              # one process a GPU
+  python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt \
+      --vit runs/toy/vit.pth --out runs/toy/cam
+  python train_cam.py --data data/VOCdevkit/VOC2012 --split train_aug --out runs/voc   # one GPU
+  torchrun --nproc-per-node 4 train_cam.py ... the same ...
 """
 import argparse
-import csv
-import datetime
-import hashlib
+import ast
 import json
 import math
 import os
-import time
-import warnings
-from contextlib import contextmanager, suppress
-from functools import cache, lru_cache, partial, reduce
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,95 +40,75 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
-from clip_model import (
-    CLIP_MEAN,
-    CLIP_STD,
-    MAKE_ROOM,
-    InputError,
-    at_least,
-    load_clip,
-    load_tensors,
-    nearest_words,
-    pick_device,
-    read_image,
-    read_nouns,
-    run,
-    tokenize,
-)
-from mask_generator import IMAGENET_MEAN, IMAGENET_STD, CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, load_clip, nearest_words, read_nouns, tokenize
+from common import (
+    autocast, check_classes, check_recipe, clear_unless_made_of, digest, end_processes,
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, load_batches, load_weights, mixed_seed,
+    my_share, rank, read_checkpoint, run, scaled_input, share_of_all, Split, start_processes,
+    wait_for_all, world, writing)
+from mask_generator import CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs apart there
-    fcntl = None
+# B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E width of CLIP's
+# features, P prompt length, R side of CLIP's input
 
-# Dimension key: B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E CLIP width, P prompt length,
-#                R side of CLIP's input.
+SCORES = tuple(round(0.05 * i, 2) for i in range(3, 19))  # 0.15 to 0.90
 
-TABLE = {  # AdamW; lr is not multiplied by batch / 512; steps: 60 epochs of VOC's 10,582, COCO's 82,081 images
-    #                                 voc          coco            toy
-    ("classify", "steps"):           (9_900,       76_920,         76),
-    ("classify", "batch"):           (64,          64,             32),
-    ("classify", "lr"):              (7.5e-5,      6.25e-5,        1e-3),
-    ("classify", "trunk_lr"):        (1,           1,              0.02),         # the trunk's share of lr
-    ("classify", "warmup"):          (825,         6_410,          0),            # steps from a rate of 1e-6 up to lr
-    ("classify", "last_lr"):         (1e-5,        1e-5,           0),            # where the cosine ends; 0 in the other phases
-    ("classify", "weight_decay"):    (0.03,        0.05,           0.03),
-    ("classify", "class_attention"): (True,        True,           False),        # A_c2p in [eq. W3]
-    ("classify", "pool"):            ("max",       "mean",         "max"),        # of the head features in [eq. W2]
-    ("classify", "reduction"):       (8,           4,              2),            # of the L*A channels in the middle of its MLP
-    ("match", "steps"):              (9_900,       153_900,        304),
-    ("match", "batch"):              (64,          32,             16),
-    ("match", "lr"):                 (6.4e-5,      3.2e-7,         1e-3),
-    ("match", "trunk_lr"):           (0.1,         0.1,            0.02),         # of a CNN; a ViT's trunk stands still
-    ("match", "weight_decay"):       (0.03,        0.03,           0.03),
-    ("match", "lambda_b"):           (2.4,         0.75,           0.75),
-    ("prompts", "steps"):            (4_920,       38_460,         190),
-    ("prompts", "batch"):            (128,         128,            32),
-    ("prompts", "lr"):               (2.5e-2,      2.5e-3,         2.5e-2),
-    ("prompts", "weight_decay"):     (0.03,        0.03,           0.03),
-    ("prompts", "lambda_t"):         (0.02,        0.01,           0.02),
-    ("prompts", "repel"):            ("text",      "text",         "text"),       # what L_T pushes a prompt from
-    ("prompts", "length"):           (30,          30,             30),           # P
-    ("refine", "steps"):             (9_900,       205_200,        304),
-    ("refine", "batch"):             (64,          24,             16),
-    ("refine", "lr"):                (6.4e-5,      2.4e-7,         1e-3),
-    ("refine", "trunk_lr"):          (0.1,         0.1,            0.02),
-    ("refine", "weight_decay"):      (0.03,        0.03,           0.03),
-    ("refine", "lambda_b"):          (2.4,         0.75,           0.75),
-    ("refine", "lambda_r"):          (0.05,        0.2,            1),
-    ("views", "epochs"):             (60,          60,             None),         # the rate changes with these; None: each step
-    ("views", "crop"):               (224,         224,            64),           # side in pixels
-    ("views", "min_area"):           (0.08,        0.08,           0.4),          # smallest crop, as a share of the photo
-    ("views", "augment"):            (True,        True,           False),        # RandAugment and erasing, not in prompts
-    ("views", "drop_path"):          (0.1,         0.1,            0),            # not in prompts
-    ("export", "scales"):            ((1, 1.2),    (1, 0.8, 1.2),  (1, 1.2)),     # each with its mirror image
+TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82,081 images
+    #                                 voc         coco           toy
+    ("classify", "steps"):           (9_900,      76_920,        76),
+    ("classify", "batch"):           (64,         64,            32),
+    ("classify", "lr"):              (7.5e-5,     6.25e-5,       1e-3),
+    ("classify", "trunk_lr"):        (1,          1,             0.02),   # the trunk's share of lr
+    ("classify", "weight_decay"):    (0.03,       0.05,          0.03),
+    ("classify", "warmup"):          (5 / 60,     5 / 60,        0),      # share of the steps
+    ("classify", "first_lr"):        (1e-6,       1e-6,          0),      # where the warm-up begins
+    ("classify", "last_lr"):         (1e-5,       1e-5,          0),      # where the cosine ends
+    ("classify", "class_attention"): (True,       True,          False),  # A_c2p in [eq. W3]
+    ("classify", "pool"):            ("max",      "mean",        "max"),  # features in [eq. W2]
+    ("classify", "reduction"):       (8,          4,             2),      # in the MLP of [eq. W2]
+    ("match", "steps"):              (9_900,      153_900,       304),
+    ("match", "batch"):              (64,         32,            16),
+    ("match", "lr"):                 (6.4e-5,     3.2e-7,        1e-3),
+    ("prompts", "steps"):            (4_920,      38_460,        190),
+    ("prompts", "batch"):            (128,        128,           32),
+    ("prompts", "lr"):               (2.5e-2,     2.5e-3,        2.5e-2),
+    ("prompts", "lambda_t"):         (0.02,       0.01,          0.02),
+    ("prompts", "repel"):            ("text",     "text",        "text"),  # see prompt_loss
+    ("prompts", "length"):           (30,         30,            30),     # P
+    ("prompts", "eps"):              (1e-4,       1e-4,          1e-4),   # in M
+    ("refine", "steps"):             (9_900,      205_200,       304),
+    ("refine", "batch"):             (64,         24,            16),
+    ("refine", "lr"):                (6.4e-5,     2.4e-7,        1e-3),
+    ("refine", "lambda_r"):          (0.05,       0.2,           1),
+    ("match refine", "lambda_b"):    (2.4,        0.75,          0.75),
+    ("match refine", "eps"):         (0.1,        0.1,           0.1),
+    ("match refine", "trunk_lr"):    (0.1,        0.1,           0.02),   # of a CNN
+    ("match prompts refine", "weight_decay"): (0.03, 0.03,       0.03),
+    ("all", "epochs"):               (60,         60,            None),   # see cosine_rate
+    ("all", "crop"):                 (224,        224,           64),     # side in pixels
+    ("all", "min_area"):             (0.08,       0.08,          0.4),    # least share of the photo
+    ("all", "augment"):              (True,       True,          False),  # RandAugment, erasing
+    ("all", "drop_path"):            (0.1,        0.1,           0),      # both not in prompts
+    ("export", "scales"):            ((1, 1.2),   (1, 0.8, 1.2), (1, 1.2)),
+    ("export", "scores"):            (SCORES,     SCORES,        SCORES),  # background scores tried
+    ("export", "images"):            (200,        200,           200),    # on up to so many photos
 }
-RECIPES = {name: {phase: {key: row[i] for (of, key), row in TABLE.items() if of == phase} for phase, _ in TABLE}
-           for i, name in enumerate(("voc", "coco", "toy"))}
-PHASES = ["classify", "match", "prompts", "refine"]
-STARTS_FROM = {"classify": [], "match": ["classify"], "prompts": ["match"], "refine": ["classify", "prompts"]}
-MEAN_COLOUR = [round(255 * value) for value in IMAGENET_MEAN]
-BACKGROUND = "background.json"  # beside exported CAMs: the background score that goes with them
-SCORES = [round(0.05 * i, 2) for i in range(3, 19)]  # those it is chosen from
+RECIPES = ("voc", "coco", "toy")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses. Features (N, E) in, a scalar out; without any pair it is 0
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Losses: features (N, E) -> a scalar, 0 without any pair -------------------------------------
 
 def cosine(a, b):
-    """sim(a, b) = <a, b> / (|a| |b|), (N, E) twice -> (N,), in float32"""
+    """sim(a, b) = <a, b> / (|a| |b|), in float32: (..., E) twice -> (...)"""
     return (F.normalize(a.float(), dim=-1) * F.normalize(b.float(), dim=-1)).sum(dim=-1)
 
 
 def c(x):
-    """c(x) = clamp(x, 1e-4, 1 - 1e-4) keeps the logarithms finite. Outside, its gradient is zero: a cosine below 1e-4 is at rest
-    where a term pushes it down, -log(1 - c), but stuck where a term should raise it, -log c."""
+    """c(x) = clamp(x, 1e-4, 1 - 1e-4) keeps the logarithms finite. Outside, its gradient is 0:
+    harmless for -log(1 - c), but -log c cannot recover from a cosine below 1e-4."""
     return x.clamp(1e-4, 1 - 1e-4)
 
 
@@ -139,651 +116,248 @@ def pair_mean(x):
     return x.sum() / max(1, len(x))
 
 
-def match_loss(v_f, v_b, u_f, lambda_b=2.4):
-    """L_match = mean -log c(sim(v^f, u^f)) + lambda_b mean -log(1 - c(sim(v^b, u^f)))                         [eq. 1]
+def match_loss(v_f, v_b, u_f, lambda_b):
+    """L_match = mean -log c(sim(v^f, u^f)) + lambda_b mean -log(1 - c(sim(v^b, u^f)))   [eq. 1]
+    The kept region matches the class text, the dropped region does not."""
+    return (pair_mean(-c(cosine(v_f, u_f)).log())
+            + lambda_b * pair_mean(-(1 - c(cosine(v_b, u_f))).log()))
 
-    What the mask keeps reads as the class, what it drops does not."""
-    return pair_mean(-c(cosine(v_f, u_f)).log()) + lambda_b * pair_mean(-(1 - c(cosine(v_b, u_f))).log())
 
-
-def prompt_loss(v_b, u_b, u_f, lambda_t=0.02, repel="text", v_f=None):
-    """L_prompt = L_I + lambda_T L_T,  L_I = mean -log c(sim(v^b, u^b))                                        [eq. 2]
-
-    The prompt reads as what the mask drops, and not as the class. What L_T pushes it from:
-        "text"      L_T = mean -log(1 - c(sim(u^f, u^b)))     the class text, as in the paper's figure
-        "text-log"  L_T = mean  log c(sim(u^f, u^b))          the same without a bound, as in the official code
-        "image"     L_T = mean -log(1 - c(sim(v^f, u^b)))     the kept region, as a published summary of the paper has it"""
+def prompt_loss(v_b, u_b, u_f, lambda_t, repel="text", v_f=None):
+    """L_prompt = L_I + lambda_T L_T,  L_I = mean -log c(sim(v^b, u^b))                  [eq. 2]
+    The prompt matches the dropped region, and not the class. Three published forms of L_T:
+      text      mean -log(1 - c(sim(u^f, u^b)))   away from the class text (the paper's figure)
+      text-log  mean  log c(sim(u^f, u^b))        the same without a bound (the official code)
+      image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a summary)"""
     L_I = pair_mean(-c(cosine(v_b, u_b)).log())
-    L_T = {"text": lambda: pair_mean(-(1 - c(cosine(u_f, u_b))).log()),
-           "text-log": lambda: pair_mean(c(cosine(u_f, u_b)).log()),
-           "image": lambda: pair_mean(-(1 - c(cosine(v_f, u_b))).log())}[repel]()
+    if repel == "text-log":
+        L_T = pair_mean(c(cosine(u_f, u_b)).log())
+    else:
+        L_T = pair_mean(-(1 - c(cosine({"text": u_f, "image": v_f}[repel], u_b))).log())
     return L_I + lambda_t * L_T
 
 
 def refine_loss(v_f, u_b):
-    """L_refine = mean -log(1 - c(sim(v^f, u^b)))                                                              [eq. 3]
-
-    What the mask keeps does not read as the class's background prompt."""
+    """L_refine = mean -log(1 - c(sim(v^f, u^b)))                                        [eq. 3]
+    The kept region does not match the background prompt of its class."""
     return pair_mean(-(1 - c(cosine(v_f, u_b))).log())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions and prompts: what CLIP is shown
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Regions and prompts: what CLIP is shown -----------------------------------------------------
 
 def region_masks(cam, size, eps):
-    """M = (m - min m) / (max m - min m + eps), m the CAM up-sampled to size (H, W): (N, h, w) -> (N, 1, H, W) in [0, 1]
+    """M = (m - min m) / (max m - min m + eps), m the CAM at size (H, W): (N, h, w) -> (N, 1, H, W)
 
-    eps: 0.1 where S is trained, 1e-4 for the prompts, as in the official code; 1e-12 for the export."""
-    m = F.interpolate(cam[:, None].float(), size=size, mode="bilinear", align_corners=False)    # (N, 1, H, W)
+    With eps 0.1 a faint map gives a faint mask, so S learns strength as well as shape; the prompts
+    want the whole region of a finished map: 1e-4."""
+    m = F.interpolate(cam[:, None].float(), size=size, mode="bilinear")          # (N, 1, H, W)
     low, high = m.amin(dim=(2, 3), keepdim=True), m.amax(dim=(2, 3), keepdim=True)
     return (m - low) / (high - low + eps)
 
 
-def clip_view(clip, image):
-    """ImageNet-normalised images (B, 3, H, W) -> X (B, 3, R, R), of CLIP's size and in its normalisation.
+@cache
+def normalisations(device):
+    """ImageNet's mean and deviation, CLIP's mean and deviation, (3, 1, 1) each"""
+    return [torch.tensor(v, device=device).view(3, 1, 1)
+            for v in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)]
 
-    There 0 is CLIP's mean colour: what M hides in M X fades into it."""
+
+def clip_view(clip, image):
+    """ImageNet-normalised (B, 3, H, W) -> X (B, 3, R, R) in CLIP's normalisation, of its size.
+    There 0 is CLIP's mean colour, into which M X fades where M is 0."""
     if image.shape[2:] != (clip.resolution, clip.resolution):
-        image = F.interpolate(image, size=(clip.resolution, clip.resolution), mode="bicubic", antialias=True)
+        image = F.interpolate(image, size=(clip.resolution, clip.resolution), mode="bicubic",
+                              antialias=True)
     mean, std, clip_mean, clip_std = normalisations(image.device)
     return (image * std + mean - clip_mean) / clip_std
 
 
-@cache
-def normalisations(device):
-    """ImageNet's mean and standard deviation, CLIP's mean and standard deviation, (3, 1, 1) each; copied to a device once"""
-    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)]
-
-
 def embed_masked(clip, X, M):
-    """v^f = E_I(M X), v^b = E_I((1 - M) X): X (N, 3, R, R), M (N, 1, R, R) -> both (N, E), in one pass"""
+    """v^f = E_I(M X), v^b = E_I((1 - M) X): X (N, 3, R, R), M (N, 1, R, R) -> (N, E) twice"""
     return clip.encode_image(torch.cat([M * X, (1 - M) * X])).chunk(2)
 
 
 def embed_regions(clip, image, cam, labels, eps):
-    """v^f, v^b (N, E) and the class k (N,) of every pair, in order of image, class.
+    """v^f (N, E), v^b (N, E) and the class k (N,) of every pair, in order of image, class.
 
-    image (B, 3, H, W) ImageNet-normalised, cam (B, K, h, w), labels (B, K), on the CPU, so that listing the pairs does not
-    wait for a GPU. Only the maps of shown classes are touched."""
-    b, k = labels.nonzero().T.contiguous().to(image.device, non_blocking=True)                  # (N,), (N,)
-    M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)                        # (N, 1, R, R)
+    image (B, 3, H, W), cam (B, K, h, w), labels (B, K) on the CPU, so that nothing waits for a
+    GPU to count the pairs. Only the maps of shown classes are touched."""
+    b, k = labels.nonzero().T.contiguous().to(image.device, non_blocking=True)   # (N,), (N,)
+    M = region_masks(cam[b, k], (clip.resolution, clip.resolution), eps)         # (N, 1, R, R)
     return *embed_masked(clip, clip_view(clip, image)[b], M), k
 
 
 @torch.no_grad()
 def class_texts(clip, words, device):
     """u_k^f = E_T("a photo of {class}."): K words -> (K, E)"""
-    return clip.encode_text(tokenize([f"a photo of {word}." for word in words], clip.context_length).to(device))
+    tokens = tokenize([f"a photo of {word}." for word in words], clip.context_length)
+    return clip.encode_text(tokens.to(device))
 
 
 class Prompts(nn.Module):
-    """u_k^b = E_T(p_k): for each class, P vectors that learn to name what comes along with it (paper, section 3.3)."""
+    """u_k^b = E_T(p_k): P learned vectors per class (paper, section 3.3)"""
 
     def __init__(self, clip, num_classes, length):
         super().__init__()
-        self.clip = [clip]  # in a list: CLIP is no part of this module's state
-        self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1) as in the official code
+        self.clip = [clip]  # in a list, it is no part of this module's state
+        self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1)
 
     def forward(self, k):
-        """classes (N,) -> u^b (N, E); each class is encoded once, whether it occurs or not: a batch shows nearly all of them"""
+        """classes (N,) -> u^b (N, E); a batch shows nearly all classes: each is encoded once"""
         return self.clip[0].encode_prompts(self.vectors)[k]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The four phases: what one step minimises. A batch is image (B, 3, H, W), ImageNet-normalised, and labels (B, K) on the CPU;
-# returned are {name: scalar}, of which "loss" is minimised and all are logged, and how many things they are means over.
-# u_f and u_b are (K, E), a row a class
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# The phases. A step takes image (B, 3, H, W), ImageNet-normalised, and labels (B, K), on the CPU;
+# it returns ({name: scalar}, n): "loss" is minimised, all are logged; n is the number averaged over
+# -------------------------------------------------------------------------------------------------
 
-def classification(generator, image, labels, predictions):
-    """loss = mean_jk -(y_k log σ(z_jk) + (1 - y_k) log σ(-z_jk)): multi-label soft margin of S's predictions z, of which a ViT
-    has three, tokens, coarse and fine, and a CNN one"""
-    _, logits = generator(image)                                                                # (3, B, K) or (1, B, K)
-    losses = [F.multilabel_soft_margin_loss(z.float(), labels.to(image.device)) for z in logits]
-    return {"loss": sum(losses) / len(losses), **dict(zip(predictions, losses))}, len(image)
-
-
-def matching(generator, image, labels, clip, u_f, lambda_b):
-    """loss = L_match [eq. 1]; the head and the fusion of S are trained"""
-    cam, _ = generator(image)                                                                   # (B, K, h, w)
-    v_f, v_b, k = embed_regions(clip, image, cam, labels, eps=0.1)                              # (N, E), (N, E), (N,)
-    return {"loss": match_loss(v_f, v_b, u_f[k], lambda_b)}, len(k)
+@dataclass
+class Stage:
+    """What a phase is given"""
+    phase: str
+    recipe: dict
+    split: Split
+    out: Path
+    device: torch.device
+    args: argparse.Namespace
+    clip: CLIP = None
+    u_f: torch.Tensor = None  # (K, E), class texts
 
 
-def prompt_learning(prompts, image, labels, generator, clip, u_f, lambda_t, repel):
-    """loss = L_prompt [eq. 2]; the prompts are trained, S stands still"""
+def classification(stage):
+    """All of S learns which classes a photo shows, by a multi-label soft margin."""
+    args, recipe, K = stage.args, stage.recipe, len(stage.split.classes)
+    if args.generator == "resnet":
+        generator = CNNGenerator(load_resnet(args.resnet), K)           # starts from ImageNet
+    else:
+        generator = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K,
+                                  recipe["class_attention"], recipe["pool"], recipe["reduction"])
+    train(stage, generator.to(stage.device), classification_step)       # all of it trains
+    save_generator(stage, generator)                                    # classify.pt
+
+
+def classification_step(generator, image, labels, recipe):
+    """loss = mean over photos j, classes k of -(y_jk log σ(z_jk) + (1 - y_jk) log σ(-z_jk)), and
+    over S's predictions z: of a ViT tokens, coarse and fine, of a CNN one"""
+    _, logits = generator(image)                                        # {name: (B, K)}
+    losses = {name: F.multilabel_soft_margin_loss(z.float(), labels.to(image.device))
+              for name, z in logits.items()}
+    return {"loss": sum(losses.values()) / len(losses), **losses}, len(image)
+
+
+def matching(stage):
+    """Head and fusion learn what the class text means, by L_match [eq. 1]."""
+    generator = load_generator(stage, stage.out / "classify.pt").train_through_clip()
+    train(stage, generator, match_step, clip=stage.clip, u_f=stage.u_f)     # CLIP is frozen
+    save_generator(stage, generator)                                    # match.pt
+
+
+def match_step(generator, image, labels, recipe, clip, u_f):
+    cam, _ = generator(image)                                           # (B, K, h, w)
+    v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])    # (N, E) twice, (N,)
+    return {"loss": match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])}, len(k)
+
+
+def prompt_learning(stage):
+    """The prompts learn to name what the masks drop, by L_prompt [eq. 2]."""
+    generator = load_generator(stage, stage.out / "match.pt").eval().requires_grad_(False)  # frozen
+    prompts = Prompts(stage.clip, len(stage.split.classes), stage.recipe["length"])
+    train(stage, prompts.to(stage.device), prompt_step, generator=generator, clip=stage.clip,
+          u_f=stage.u_f)
     with torch.no_grad():
-        cam, _ = generator(image)                                                               # (B, K, h, w)
-        v_f, v_b, k = embed_regions(clip, image, cam, labels, eps=1e-4)                         # (N, E), (N, E), (N,)
-    u_b = prompts(k)                                                                            # (N, E)
-    return {"loss": prompt_loss(v_b, u_b, u_f[k], lambda_t, repel, v_f), "sim": pair_mean(cosine(v_b, u_b))}, len(k)
+        u_b = stage.clip.encode_prompts(prompts.vectors)                # (K, E)
+    save_prompts(stage, u_b, vectors=prompts.vectors.detach().cpu())    # prompts.pt, prompts.txt
 
 
-def refinement(generator, image, labels, clip, u_f, u_b, lambda_b, lambda_r):
-    """loss = L_total = L_match + lambda_R L_refine [eq. 3]; the head and the fusion of S are trained, the prompts stand still"""
-    cam, _ = generator(image)                                                                   # (B, K, h, w)
-    v_f, v_b, k = embed_regions(clip, image, cam, labels, eps=0.1)                              # (N, E), (N, E), (N,)
-    L_match, L_refine = match_loss(v_f, v_b, u_f[k], lambda_b), refine_loss(v_f, u_b[k])
-    return {"loss": L_match + lambda_r * L_refine, "match": L_match, "refine": L_refine}, len(k)
+def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
+    with torch.no_grad():
+        cam, _ = generator(image)                                       # (B, K, h, w)
+        v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])
+    u_b, u_f = prompts(k), u_f[k]                                       # (N, E), (N, E)
+    loss = prompt_loss(v_b, u_b, u_f, recipe["lambda_t"], recipe["repel"], v_f)
+    return {"loss": loss, "sim(v_b, u_b)": pair_mean(cosine(v_b, u_b)),
+            "sim(u_f, u_b)": pair_mean(cosine(u_f, u_b)),
+            "sim(v_f, u_b)": pair_mean(cosine(v_f, u_b))}, len(k)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Export: CAMs, and the score below which a pixel is background
-# ---------------------------------------------------------------------------------------------------------------------
-
-def scaled_input(photo, scale, patch, most=8192):
-    """PIL photo -> (1, 3, h*patch, w*patch) ImageNet-normalised: resized by scale to whole patches, so nothing is padded.
-
-    A photo that would have more than `most` patches is shown smaller: attention takes memory by their square."""
-    W, H = photo.size
-    scale = min(scale, patch * (most / (H * W)) ** 0.5)
-    size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
-    pixels = v2.functional.pil_to_tensor(v2.functional.resize(photo, size, InterpolationMode.BICUBIC))
-    return v2.functional.normalize(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_STD)[None]
+def refinement(stage):
+    """As matching, and the kept region must not match the background prompts: L_total [eq. 3].
+    It starts from classify.pt again, as published: match.pt has settled on masks that leak."""
+    generator = load_generator(stage, stage.out / "classify.pt").train_through_clip()
+    u_b = load_prompts(stage)                                           # (K, E), frozen
+    train(stage, generator, refine_step, clip=stage.clip, u_f=stage.u_f, u_b=u_b)
+    save_generator(stage, generator)                                    # refine.pt
 
 
-@torch.no_grad()
-def export_cams(generator, split, folder, scales, device, rank, world):
-    """Write folder/NAME.npy: float16 (n, ceil(H/4), ceil(W/4)) in [0, 1], the n shown classes in class order. One that is there
-    is kept. In float32 whatever S was trained in: masks of bfloat16 maps have an IoU of 0.986 with these.
-
-    Each scale and its mirror image is one pass; the maps are summed, then brought to [0, 1] per class. All L*A attention
-    maps are held at once: 2,500 patches (640 x 640 at scale 1.25) take 4 GB with DeiT-S, a phone's photo would take 1,000."""
-    for name in tqdm(split.names[rank::world], desc="export", disable=None if rank == 0 else True):
-        if (folder / f"{name}.npy").is_file():
-            continue
-        photo, present = split.image(name), torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)
-        W, H = photo.size
-        quarter, total = (-(-H // 4), -(-W // 4)), 0
-        for scale in scales:
-            x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(device)
-            for flip in (False, True):
-                with explained("export", [name], "make the photo smaller, or pass --device cpu"):
-                    cam, _ = generator(x.flip(3) if flip else x)
-                cam = cam[0, present, None].float()                                             # (n, 1, h, w)
-                total = total + F.interpolate(cam.flip(3) if flip else cam, size=quarter, mode="bilinear", align_corners=False)
-        maps = region_masks(total[:, 0], quarter, eps=1e-12)[:, 0].cpu().numpy().astype(np.float16)    # (n, H/4, W/4)
-        write_file(folder / f"{name}.npy", lambda path, maps=maps: np.save(path, maps))
+def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
+    cam, _ = generator(image)                                           # (B, K, h, w)
+    v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])    # (N, E) twice, (N,)
+    L_match = match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])
+    L_refine = refine_loss(v_f, u_b[k])
+    return {"loss": L_match + recipe["lambda_r"] * L_refine, "match": L_match,
+            "refine": L_refine}, len(k)
 
 
-@torch.no_grad()
-def background_losses(clip, u_f, u_b, split, folder, device, rank, world, most=200):
-    """Losses (pairs, scores), float64: how well CLIP reads the hard regions that each of SCORES cuts from the exported CAMs.
+# ---- The loop ------------------------------------------------------------------------------------
 
-    A pair's loss has the cosines of L_match [eq. 1] and L_refine [eq. 3], two about the object, one about the background with
-    their weight together,
-        sim(v^b, u^f) - sim(v^f, u^f) + 2 sim(v^f, u^b),   of the mask M_k = 1 where k has the greatest CAM and that is above
-    the score, else 0. No logarithm: its slope depends on where a CLIP's cosines lie, which is near 0.25 in the real one.
-    For the pairs of up to `most` images, spread over the split. Looks at photos, labels and CAMs; at no mask."""
-    rows, R = [torch.zeros(0, len(SCORES), dtype=torch.float64)], clip.resolution
-    names = split.names[::math.ceil(len(split.names) / most)]
-    for name in tqdm(names[rank::world], desc="background score", disable=None if rank == 0 else True):
-        k = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)                     # (n,)
-        if len(k) == 0:
-            continue
-        photo = v2.functional.pil_to_tensor(split.image(name)).to(device).float() / 255
-        X = clip_view(clip, v2.functional.normalize(photo, IMAGENET_MEAN, IMAGENET_STD)[None])  # (1, 3, R, R)
-        cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()             # (n, H/4, W/4)
-        cams = F.interpolate(cams[None], size=(R, R), mode="bilinear", align_corners=False)[0]  # (n, R, R)
-        M = ((cams == cams.amax(0)) & (cams > cams.new_tensor(SCORES)[:, None, None, None])).float()  # (scores, n, R, R)
-        v_f, v_b = (v.unflatten(0, M.shape[:2]) for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
-        losses = cosine(v_b, u_f[k]) - cosine(v_f, u_f[k]) + 2 * cosine(v_f, u_b[k])            # (scores, n)
-        rows.append(losses.T.cpu().double())
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, rows)
-        rows = sum(parts, [])
-    return torch.cat(rows)
-
-
-def choose_score(losses):
-    """Losses (pairs, scores) -> the background score, and the lowest and highest of SCORES that are not told from the best one.
-
-    The mean loss is flat around its minimum: which score has the least is chance, as the standard errors of the differences say
-    (two scores are told apart where the mean difference over the pairs exceeds two of them). The flanks of the valley are steep,
-    so chance hardly moves them: the background score is the middle between them, at a quarter of the valley's height."""
-    n = max(1, len(losses))
-    mean = losses.sum(dim=0) / n                                                                # (scores,)
-    error = (losses - losses[:, mean.argmin(), None]).std(dim=0, correction=0).nan_to_num() / n ** 0.5
-    close = torch.tensor(SCORES)[mean - mean.min() <= 2 * error]
-    at = np.linspace(SCORES[0], SCORES[-1], 301)
-    curve = np.interp(at, SCORES, mean)
-    flanks = np.flatnonzero(curve > curve.min() + (curve.max() - curve.min()) / 4)
-    low = max(flanks[flanks < curve.argmin()], default=-1) + 1  # where there is no flank, the end of the scores
-    high = min(flanks[flanks > curve.argmin()], default=len(at)) - 1
-    return round((at[low] + at[high]) / 2, 2), round(close.min().item(), 2), round(close.max().item(), 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The training loop, also train_seg.py's
-# ---------------------------------------------------------------------------------------------------------------------
-
-def cosine_decay(step, steps, epochs=None, warmup=0, first=0, last=0):
-    """The rate at a step, as a share of lr: from `first` up to 1 in `warmup` steps, else on a half cosine from 1 at step 0
-    down to `last`.
-
-    epochs: as with timm's schedule in DeiT's loop, the rate changes with these only, and one of them late; None: at each step."""
-    if epochs:
-        step = max(0, step * epochs // steps - 1) * steps / epochs
-    if step < warmup:
-        return first + (1 - first) * step / warmup
-    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def mixed_seed(*numbers):
-    """Whole numbers -> one seed for all of them"""
-    return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, numbers)
-
-
-@lru_cache(maxsize=4)
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
-
-
-def batches(n, batch, start, steps, seed, rank, world):
-    """Shuffled passes over n images, one after the other, cut into batches -> this process's part [(epoch, i), ...] of each.
-
-    Depends on (seed, step) alone, so a resumed run sees what an uninterrupted one sees, and W processes what one sees."""
-    for step in range(start, steps):
-        yield [(place // n, shuffled(n, seed, place // n)[place % n])
-               for place in range(step * batch + rank, (step + 1) * batch, world)]
-
-
-def train(phase, model, step_loss, dataset, optimizer, decay, recipe, args, rank, world, device):
-    """Minimise step_loss(model, image, labels) -> ({"loss": scalar, ...}, n), each a mean over this process's n images (classify),
-    pairs (match, prompts, refine) or labelled pixels (seg). A group's rate at a step is its
-    "peak" times decay(step).
-
-    recipe has "steps" and "batch", the images of a step over all processes. About sixty times a run the means over all n of all
-    processes go to OUT/log.jsonl (images_per_s; gib, the most GPU memory so far), and all that --resume needs for an exact
-    continuation to OUT/PHASE.part."""
-    part, steps, start = Path(args.out) / f"{phase}.part", recipe["steps"], 0
-    if recipe["batch"] < world:
-        raise InputError(f"{phase}: {recipe['batch']} images a step for {world} processes; expected an image or more for each; "
-                         "change --batch")
+def train(stage, model, step_loss, **frozen):
+    """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] by AdamW."""
+    recipe, args, device = stage.recipe, stage.args, stage.device
+    trunk, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (trunk if name.startswith("trunk.") else rest).append(p)
+    optimizer = torch.optim.AdamW([{"params": trunk, "peak": recipe.get("trunk_lr", 1)},
+                                   {"params": rest, "peak": 1}],
+                                  weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
     mixed = autocast(device, args.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)  # its small gradients would vanish
-    if args.resume and part.is_file():
-        state = read_checkpoint(part, "scaler", f"delete it to start {phase} again")
-        check_recipe(part, state["recipe"], recipe)
-        with fitting(part, f"delete it to start {phase} again"):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty after float32 and bfloat16: then the new one begins with its own
-                scaler.load_state_dict(state["scaler"])
-            start = state["step"]
-    n_images, interval = len(dataset), max(1, steps // 60)
-    order = partial(batches, n_images, recipe["batch"], steps=steps, seed=args.seed, rank=rank, world=world)
-    loader = DataLoader(dataset, batch_sampler=order(start), num_workers=args.workers, pin_memory=device.type == "cuda")
-    parallel = DistributedDataParallel(model.train()) if world > 1 else model.train()
-    bar = tqdm(total=steps, initial=start, desc=phase, disable=None if rank == 0 else True)
-    began, since_log = time.time(), []  # (images, values, n) of each step since the last log line
-    loaded = iter(loader)
-    for step in range(start + 1, steps + 1):
-        torch.manual_seed(mixed_seed(args.seed, step, rank))  # drop path: a resumed run drops the same
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
+    photos = Crops(stage.split, recipe, augment=recipe["augment"] and stage.phase != "prompts")
+    journal = Journal(stage.out / stage.phase, recipe, model, optimizer, scaler,
+                      stage.split.names, args.resume)
+    batches = load_batches(photos, recipe, journal.step, device, args.workers)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+    parallel.train()
+    for step, (image, labels, i) in enumerate(batches, journal.step + 1):
+        torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of drop path; after loading
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * decay(step - 1)
-        names = [dataset.split.names[i] for _, i in next(order(step - 1))]
-        with explained(f"{phase}, step {step}", names, f"lower --batch or --workers; --resume goes on from {part}"):
-            image, labels, i = next(loaded)
-            with mixed:
-                values, n = step_loss(parallel, image.to(device, non_blocking=True), labels)
-            share = share_of_all(n, device)  # so that the mean runs over all n of all processes
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(values["loss"] * share).backward()
+            group["lr"] = group["peak"] * cosine_rate(step - 1, recipe)
+        with mixed:
+            values, n = step_loss(parallel, image.to(device, non_blocking=True), labels, recipe,
+                                  **frozen)
+        optimizer.zero_grad()
+        scaler.scale(values["loss"] * share_of_all(n, device)).backward()
         scaler.step(optimizer)
         scaler.update()
-        since_log.append((i, {name: value.detach() for name, value in values.items()}, n))
-        bar.update()
-        if step % interval and step < steps:
-            continue
-
-        means = window_means(since_log, device)
-        if not math.isfinite(means["loss"]):
-            bad = next((i for i, values, _ in since_log if not torch.isfinite(values["loss"])), [])
-            raise InputError(f"{phase}: the loss is {means['loss']} before step {step + 1}, first on "
-                             f"{', '.join(dataset.split.names[j] for j in bad) or 'images of another process'}; expected a number; "
-                             "take these photos out and go on from the last good state with --resume, or lower lr in TABLE and "
-                             "start the phase anew; at the first steps, get the weights again that it starts from")
-        since_log, took = [], time.time() - began
-        row = {"phase": phase, "step": step, "epoch": round(step * recipe["batch"] / n_images, 2), **means,
-               "lr": optimizer.param_groups[-1]["lr"], "images_per_s": round((step - start) * recipe["batch"] / took, 1),
-               "eta_s": round(took / (step - start) * (steps - step)),
-               "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0}
-        if rank == 0:
-            if step <= start + interval:  # the first line
-                forget_log(args.out, phase, start)
-            log(args.out, row)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-                     "recipe": recipe}
-            write_file(part, lambda path, state=state: torch.save(state, path))
-    bar.close()
+        journal.write(step, i, values, n)
 
 
-@contextmanager
-def explained(where, names, remedy):
-    """What the system takes away, memory or a process that loads images, as one line with the names of the images at work."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not out_of_memory and "DataLoader worker (pid" not in str(error):
-            raise
-        what = "out of memory" if out_of_memory else "a process that loads images was killed"
-        raise InputError(f"{where}: {what}, with images {', '.join(names)}; expected memory for them; {remedy}") from None
-
-
-def share_of_all(n, device):
-    """n over its mean of all processes, by which DistributedDataParallel's mean becomes one over all n; stays on the device"""
-    if not dist.is_initialized():
-        return 1
-    total = torch.full((), float(n), device=device)
-    dist.all_reduce(total)
-    return n * dist.get_world_size() / total.clamp(min=1)
-
-
-def window_means(rows, device):
-    """[(images, {name: mean over n}, n), ...] -> {name: mean over all n of all rows and processes}"""
-    count = torch.tensor([n for _, _, n in rows], dtype=torch.float64)
-    values = {name: torch.stack([values[name] for _, values, _ in rows]).cpu().double() for name in rows[0][1]}  # (steps,)
-    total = max(1, sum_over_processes(count.sum(), device).item())
-    return {name: round(sum_over_processes((value * count).sum(), device).item() / total, 5) for name, value in values.items()}
-
-
-def forget_log(out, phase, step):
-    """Of OUT/log.jsonl the phase's lines after this step: of a run that was killed before it saved them, or of an earlier one."""
-    path = Path(out) / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    rows = [json.loads(line) if line.endswith("}\n") else {"phase": phase, "step": math.inf} for line in lines]  # a torn line
-    kept = [line for line, row in zip(lines, rows) if row["phase"] != phase or row["step"] <= step]
-    if len(kept) < len(lines):
-        write_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
-
-
-def log(out, row):
-    """One line on the terminal, the same numbers appended to OUT/log.jsonl."""
-    tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-    with open(Path(out) / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def autocast(device, precision):
-    """Matrix products in bfloat16 or float16, all else in float32. "auto": float32 on a CPU, bfloat16 on a GPU that has it."""
-    if precision == "auto":
-        cuda = lambda: "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"  # noqa: E731
-        precision = "float32" if device.type == "cpu" else cuda()
-    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
-
-
-def start_processes(device):
-    """Join torchrun's process group if there is one. Returns (rank, number of processes, this process's device)."""
-    device = pick_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def end_processes():
-    if dist.is_initialized():
-        dist.barrier()  # torchrun kills the others when one process ends with an exit code
-        dist.destroy_process_group()
-
-
-def sum_over_processes(value, device):
-    """A number or a tensor -> its sum over all processes, as a number or on the CPU."""
-    total = torch.as_tensor(value, dtype=torch.float64).to(device, copy=True)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.cpu() if torch.is_tensor(value) else total.item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and files
-# ---------------------------------------------------------------------------------------------------------------------
-
-def write_file(path, write):
-    """Call write(temporary path), then put the file in place: a killed run leaves the old file or none, never half, and what it
-    left of the temporary one is overwritten by the next. Raises InputError where the place is full or cannot be written to."""
-    path = Path(path)
-    temporary = path.with_name(f".writing.{path.name}")  # keeps the suffix, which PIL and numpy look at
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, where the disk is full
-        reason = getattr(error, "strerror", None) or "no room for all of it"
-        raise InputError(f"{path}: cannot be written ({reason}){MAKE_ROOM}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-HELD = {}  # folder: its open descriptor
-
-
-def hold(folder):
-    """Make a folder that one run at a time may write to. The lock is the system's and ends with the process, however that ends."""
-    folder = Path(folder).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl and folder not in HELD:
-            HELD[folder] = os.open(folder, os.O_RDONLY)
-            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(HELD.pop(folder))
-        raise InputError(f"{folder}: another run is writing there; expected one at a time; wait for it, or pass another folder"
-                         ) from None
-
-
-def clear_unless(kept, folder, made_of, files):
-    """Remove these files of a folder, unless they are to be kept and were made of the same, which folder/made_of.json says."""
-    note = folder / "made_of.json"
-    if not (kept and note.is_file() and json.loads(note.read_text()) == made_of):
-        for file in files:
-            (folder / file).unlink(missing_ok=True)
-        write_file(note, lambda path: path.write_text(json.dumps(made_of)))
-
-
-def file_digest(path):
-    """The first 16 hexadecimal digits of a file's SHA-256"""
-    with suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def read_checkpoint(path, needs, remedy):
-    """A checkpoint of ours -> dict. `needs` is the key that makes it the right one."""
-    path = Path(path)
-    try:
-        state = load_tensors(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a checkpoint; {remedy}") from None
-    except Exception as error:
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); expected a whole one written by this "
-                         f"project; {remedy}") from None
-    others = {"recipe"} if path.suffix == ".part" else {"recipe", "classes"}
-    if not isinstance(state, dict) or not {needs, *others} <= set(state) or "generator" in state and "options" not in state:
-        raise InputError(f"{path}: holds no {needs!r}; expected a checkpoint written by this project; {remedy}")
-    return state
-
-
-@contextmanager
-def fitting(path, remedy):
-    """What is read from a file goes where it should; else InputError."""
-    try:
-        yield
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"{path}: its contents do not fit ({type(error).__name__}: {reason}); expected those of such a model; "
-                         f"{remedy}") from None
-
-
-def build(path, make, state, remedy):
-    """make() with the weights of a checkpoint. Its sizes are the file's, so it is first made without memory (on "meta")."""
-    with fitting(path, remedy), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.device("meta"):
-            make().load_state_dict(state)
-        model = make()
-        model.load_state_dict(state)
-        return model
-
-
-def check_recipe(path, before, now):
-    """--resume goes on with the recipe a run was begun with."""
-    for key in now:
-        if before.get(key) != now[key]:
-            raise InputError(f"{path}: begun with {key} {before.get(key)}, now it is {now[key]}; expected the same to go on with; "
-                             "give that one again, or delete that file to start this phase anew")
-
-
-def check_photos(path, recipe):
-    """A phase goes on with the photos and labels of the earlier phase, unless it names another split."""
-    before = read_checkpoint(path, "recipe", EARLIER)["recipe"]
-    if before["split"] == recipe["split"] and before.get("photos") != recipe["photos"]:
-        raise InputError(f"{path}: trained with another {recipe['split']}.csv ({before.get('photos')}, now {recipe['photos']}); "
-                         "expected the same photos and labels; restore it, or run all phases again in a new --out")
-
-
-def check_classes(path, state, classes):
-    if state["classes"] != list(classes):
-        raise InputError(f"{path}: trained for {len(state['classes'])} classes, {', '.join(state['classes'][:4])}, ...; the "
-                         f"data has {len(classes)}: {', '.join(classes[:4])}, ...; pass the data it was trained for")
-
-
-EARLIER = "run the earlier phases first (--phase all runs them in order)"
-
-
-def load_generator(path, classes, drop_path=0.0):
-    """A phase's checkpoint -> MaskGenerator or CNNGenerator, as it was trained, in eval mode, on the CPU."""
-    state = read_checkpoint(path, "generator", EARLIER)
-    check_classes(path, state, classes)
-    if "vit" in state:
-        make = lambda: MaskGenerator(ViT(**state["vit"], drop_path=drop_path), len(classes), **state["options"])  # noqa: E731
-    else:
-        make = lambda: CNNGenerator(ResNet(**state["resnet"]), len(classes))  # noqa: E731
-    return build(path, make, state["generator"], EARLIER).eval()
-
-
-@torch.no_grad()
-def load_background(words, path, clip, split):
-    """u^b (K, E): of the learned prompts OUT/prompts.pt, or of words written by hand, [[word, ...], ...] in class order, as CLIMS
-    and CLIP-ES have them: the mean of the unit vectors E_T("a photo of {word}.") of a class's words."""
-    if words:
-        device = clip.token_embedding.weight.device
-        return torch.stack([F.normalize(class_texts(clip, row, device).float(), dim=1).mean(dim=0) for row in words])
-    state = read_checkpoint(path, "vectors", EARLIER)
-    check_classes(path, state, split.classes)
-    with fitting(path, "run --phase prompts again, with this --clip"):
-        if state["vectors"].shape[::2] != (len(split.classes), clip.text_width):
-            raise ValueError(f"shape {tuple(state['vectors'].shape)}, {len(split.classes)} classes, CLIP's width {clip.text_width}")
-        return clip.encode_prompts(state["vectors"].to(clip.token_embedding.weight.device))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: the one layout (docs/data.md), written by prepare/ or by hand
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Split:
-    """ROOT/classes.txt and ROOT/SPLIT.csv: photos and the classes each of them shows. Opens no photo and no mask.
-
-    names: of all photos, a file's name without its ending, by which CAMs and masks are named too; paths {name: file};
-    labels {name: (K,) bool}; classes (K); words (K), the classes as CLIP is told them; upright: EXIF orientation counts;
-    digest: tells one list of photos and labels from another."""
-
-    def __init__(self, root, split):
-        self.root, self.split = Path(root), split
-        self.classes, self.words, self.upright = read_classes(self.root / "classes.txt")
-        table = self.root / f"{split}.csv"
-        lines = read_text(table, "expected a photo a line, `PATH,CLASS;CLASS`; pass another --split, or write it with prepare/")
-        self.paths, self.labels, index = {}, {}, {name: k for k, name in enumerate(self.classes)}
-        try:
-            rows = list(csv.reader(lines.splitlines(), strict=True))
-        except csv.Error as error:
-            raise InputError(f"{table}: {error}; expected a photo a line, `PATH,CLASS;CLASS`; correct it") from None
-        for number, cells in enumerate(rows, 1):
-            if not any(cells):
-                continue
-            where, path = f"{table}, line {number}", self.root / cells[0].strip()
-            found = [name.strip() for name in ";".join(cells[1:]).split(";") if name.strip()]
-            unknown = [name for name in found if name not in index]
-            if unknown:
-                raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(self.classes)} of classes.txt "
-                                 f"({', '.join(self.classes[:4])}, ...); expected `PATH,CLASS;CLASS`; correct one of the two files")
-            if not path.is_file():
-                raise InputError(f"{where}: no photo {cells[0]!r} in {self.root}; expected a path relative to that folder; "
-                                 "correct it, or add the photo")
-            if path.stem in self.paths:
-                raise InputError(f"{where}: a second photo named {path.stem}; expected different names, which masks get too; "
-                                 "rename one, or take one line out")
-            self.paths[path.stem], self.labels[path.stem] = path, np.zeros(len(index), bool)
-            for name in found:
-                self.labels[path.stem][index[name]] = True
-        self.names = list(self.paths)
-        everything = "".join(f"{name}{labels.astype(int)}" for name, labels in self.labels.items())
-        self.digest = f"{len(self.names)} photos, {hashlib.sha256(everything.encode()).hexdigest()[:8]}"
-        if not self.names:
-            raise InputError(f"{table}: empty; expected one photo or more, `PATH,CLASS;CLASS` a line; write it again")
-
-    def image(self, name):
-        """The photo as a PIL image, RGB."""
-        return read_image(self.paths[name], self.upright)
-
-
-def read_text(path, remedy):
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({getattr(error, 'strerror', None) or error}); {remedy}") from None
-
-
-def read_background_words(path, classes):
-    """`class: word, word, ...` a line, every class once -> [[word, ...], ...] in class order"""
-    lines = read_text(path, "expected `class: word, word, ...` a line").splitlines()
-    lines = [line.partition(":") for line in lines if line.strip()]
-    found = {name.strip(): [word.strip() for word in words.split(",") if word.strip()] for name, _, words in lines}
-    if len(lines) != len(classes) or set(found) != set(classes) or not all(found.values()):
-        odd = sorted(set(found) ^ set(classes)) or [name for name, words in found.items() if not words] or ["a class twice"]
-        raise InputError(f"{path}: {odd[0]}; expected a line `class: word, word, ...` for each of the {len(classes)} classes of "
-                         "classes.txt, with a word or more; correct it")
-    return [found[name] for name in classes]
-
-
-def read_classes(path):
-    """classes.txt, `name` or `name: words for CLIP` a line -> classes, words, whether EXIF orientation counts"""
-    lines = [line.strip() for line in read_text(path, "expected a class a line, beside the lists of photos; prepare/voc.py and "
-                                                "prepare/coco.py write it; see docs/data.md").splitlines()]
-    parts = [[part.strip() for part in line.partition(":")] for line in lines if line and line[0] != "#"]
-    classes = [name for name, _, _ in parts]
-    if not 0 < len(classes) < 255 or len(set(classes)) < len(classes) or {"", "background"} & set(classes):
-        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} of them different; expected 1 to 254, each once, "
-                         "none empty and none called background, which is label 0 anyway; correct it")
-    return classes, [words or name for name, _, words in parts], "# exif: ignore" not in lines
+def cosine_rate(step, recipe):
+    """The rate of a step: up from first_lr in the warm-up, then on half a cosine, from lr at step 0
+    to last_lr at the end. With epochs it changes once an epoch, an epoch late (timm in DeiT)."""
+    steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
+    if epochs := recipe["epochs"]:
+        step = max(0, step * epochs // steps - 1) * steps / epochs
+    if step < (warmup := steps * recipe.get("warmup", 0)):
+        return recipe["first_lr"] + (lr - recipe["first_lr"]) * step / warmup
+    return last + (lr - last) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class Crops(Dataset):
-    """Training views: item (epoch, i) is (image (3, side, side) ImageNet-normalised, labels (K,), i).
+    """Item (epoch, i): a view (3, crop, crop), ImageNet-normalised, labels (K,), i."""
 
-    A view depends on (seed, epoch, i) alone, so neither workers nor processes nor a resumed run change it."""
-
-    def __init__(self, split, side, seed, min_area, augment):
-        self.split, self.seed = split, seed
+    def __init__(self, split, recipe, augment):
+        self.split, self.seed = split, recipe["seed"]
+        grey = [round(255 * value) for value in IMAGENET_MEAN]
+        rand_augment = v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, grey)
         self.view = v2.Compose([
-            v2.RandomResizedCrop(side, scale=(min_area, 1), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomResizedCrop(recipe["crop"], scale=(recipe["min_area"], 1),
+                                 interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
-            *([v2.RandomApply([v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, MEAN_COLOUR)], 0.5)] * 2 if augment else []),
-            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            *([v2.RandomApply([rand_augment], 0.5)] * 2 if augment else []),
+            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             *([v2.RandomErasing(0.25, value="random")] if augment else [])])
 
     def __len__(self):
@@ -798,164 +372,278 @@ class Crops(Dataset):
         return image, torch.from_numpy(self.split.labels[name]).float(), i
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Export: CAMs, and the score below which a pixel is background -------------------------------
+
+def export(stage):
+    """Write the CAMs of refine.pt (or --checkpoint), and the background score for them."""
+    args, recipe, split, device = stage.args, stage.recipe, stage.split, stage.device
+    source = Path(args.checkpoint or stage.out / "refine.pt")
+    generator = load_generator(stage, source).eval()
+    u_b = load_prompts(stage) if stage.clip else None  # may refuse: before the work
+    folder = Path(args.cams or stage.out / "cams")
+    if rank() == 0:
+        origin = {"generator": digest(source), "scales": list(recipe["scales"]),
+                  "photos": split.digest}
+        clear_unless_made_of(origin, folder, [f"{name}.npy" for name in split.names], args.resume)
+        (folder / "background.json").unlink(missing_ok=True)
+    wait_for_all()
+    for name in my_share(split.names, "export"):
+        if not (folder / f"{name}.npy").is_file():
+            present = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)
+            maps = photo_cams(generator, split.image(name), present, recipe["scales"])
+            with writing(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, maps.cpu().numpy().astype(np.float16))
+    wait_for_all()
+    if stage.clip is None:
+        print(f"no {stage.out / 'prompts.pt'}: choose --background-score in make_pseudo.py")
+        return
+    losses = background_losses(stage, folder, u_b)
+    if rank() == 0 and len(losses):
+        score, low, high = choose_score(losses, recipe["scores"])
+        means = dict(zip(recipe["scores"], losses.mean(dim=0).tolist()))
+        with writing(folder / "background.json") as temporary:
+            temporary.write_text(json.dumps({"background_score": score, "losses": means,
+                                             "not_told_apart": [low, high]}, indent=1))
+        print("losses of the scores: " + ", ".join(f"{s} {x:.3f}" for s, x in means.items()))
+        print(f"background score {score} for {folder}; {len(losses)} (image, class) pairs do not "
+              f"tell the scores from {low} to {high} from the best"
+              + ("; the range ends there: look at the CAMs, and consider a score of your own"
+                 if {low, high} & {recipe["scores"][0], recipe["scores"][-1]} else ""))
+
+
+@torch.no_grad()
+def photo_cams(generator, photo, present, scales):
+    """PIL photo -> CAMs (n, ceil(H/4), ceil(W/4)) in [0, 1] of the n present classes: summed over
+    scales and mirror images, then scaled class by class. float32, whatever the training's was."""
+    W, H = photo.size
+    quarter, total = (-(-H // 4), -(-W // 4)), 0
+    for scale in scales:
+        x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(present.device)
+        cam, mirrored = (generator(view)[0][:, present] for view in (x, x.flip(3)))
+        for view in (cam, mirrored.flip(3)):                            # (1, n, h, w)
+            total = total + F.interpolate(view.transpose(0, 1), size=quarter, mode="bilinear")
+    return region_masks(total[:, 0], quarter, eps=1e-12)[:, 0]
+
+
+@torch.no_grad()
+def background_losses(stage, folder, u_b):
+    """Losses (pairs, scores), float64, of the hard regions that each score cuts from CAMs:
+
+        sim(v^b, u^f) - sim(v^f, u^f) + 2 sim(v^f, u^b),   M = 1 where k has the greatest CAM and
+    that is above the score: the cosines of [eq. 1] and [eq. 3], the one about the background as
+    heavy as the two about the object. No logarithm, whose slope depends on where a CLIP's cosines
+    lie (the real one's near 0.25). For some images, spread over the split; without any mask."""
+    clip, split, device, scores = stage.clip, stage.split, stage.device, stage.recipe["scores"]
+    rows, R = [torch.zeros(0, len(scores), dtype=torch.float64)], clip.resolution
+    thresholds = torch.tensor(scores, device=device)[:, None, None, None]
+    names = split.names[::math.ceil(len(split.names) / stage.recipe["images"])]
+    for name in my_share(names, "background score"):
+        k = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)      # (n,)
+        if len(k) == 0:
+            continue
+        photo = v2.functional.pil_to_tensor(split.image(name)).to(device).float() / 255
+        photo = v2.functional.normalize(photo, IMAGENET_MEAN, IMAGENET_STD)
+        X = clip_view(clip, photo[None])                                         # (1, 3, R, R)
+        cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()
+        cams = F.interpolate(cams[None], size=(R, R), mode="bilinear")[0]        # (n, R, R)
+        M = ((cams == cams.amax(0)) & (cams > thresholds)).float()               # (scores, n, R, R)
+        v_f, v_b = (v.unflatten(0, M.shape[:2])
+                    for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
+        losses = (cosine(v_b, stage.u_f[k]) - cosine(v_f, stage.u_f[k])
+                  + 2 * cosine(v_f, u_b[k]))                                     # (scores, n)
+        rows.append(losses.T.cpu().double())
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, rows)
+        rows = sum(parts, [])
+    return torch.cat(rows)
+
+
+def choose_score(losses, scores):
+    """Losses (pairs, scores) -> the background score, and the least and greatest score that are not
+    told from the best: by less than two standard errors of the mean difference over the pairs.
+
+    The mean loss is flat around its minimum, so which score has the least is chance. The flanks of
+    the valley are steep, so chance hardly moves them: the score is the middle between them, at a
+    quarter of the valley's height."""
+    mean = losses.mean(dim=0)                                                    # (scores,)
+    difference = losses - losses[:, mean.argmin(), None]
+    error = difference.std(dim=0, correction=0) / len(losses) ** 0.5
+    close = torch.tensor(scores)[mean - mean.min() <= 2 * error]
+    at = np.linspace(scores[0], scores[-1], 301)
+    curve = np.interp(at, scores, mean)
+    flanks = np.flatnonzero(curve > curve.min() + (curve.max() - curve.min()) / 4)
+    low = max(flanks[flanks < curve.argmin()], default=-1) + 1  # or where the scores end
+    high = min(flanks[flanks > curve.argmin()], default=len(at)) - 1
+    score = round((at[low] + at[high]) / 2, 2)
+    return score, round(close.min().item(), 2), round(close.max().item(), 2)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+EARLIER = "run the earlier phases first (--phase all runs them in order)"
+
+
+def read_phase(stage, path, key):
+    """A checkpoint of an earlier phase, with the same classes, photos and labels -> dict"""
+    state = read_checkpoint(path, key, EARLIER)
+    check_classes(path, state.get("classes", []), stage.split)
+    before = state["recipe"]
+    if before.get("split") == stage.split.split and before.get("photos") != stage.split.digest:
+        raise InputError(f"{path}: trained with another {stage.split.split}.csv; expected the "
+                         "same photos and labels; restore it, or run all phases in a new --out")
+    return state
+
+
+def load_generator(stage, path):
+    """A checkpoint of a phase -> MaskGenerator or CNNGenerator, on the device"""
+    K = len(stage.split.classes)
+    state = read_phase(stage, path, "generator")
+
+    def make():
+        if "vit" in state:
+            vit = ViT(**state["vit"], drop_path=stage.recipe.get("drop_path", 0))
+            return MaskGenerator(vit, K, **state["options"])
+        return CNNGenerator(ResNet(**state["resnet"]), K)
+    return load_weights(make, state["generator"], path, f"a generator; {EARLIER}").to(stage.device)
+
+
+def load_prompts(stage):
+    """OUT/prompts.pt -> u^b (K, E)"""
+    path = stage.out / "prompts.pt"
+    state = read_phase(stage, path, "u_b")
+    shape = getattr(state["u_b"], "shape", None)
+    if state.get("clip") != clip_digest(stage.clip) or shape != stage.u_f.shape:
+        raise InputError(f"{path}: its prompts are those of another CLIP than --clip "
+                         f"{stage.args.clip}; use that one, or run --phase prompts again")
+    return state["u_b"].to(stage.device)
+
+
+def clip_digest(clip):
+    """Tells one CLIP from another"""
+    return digest(clip.text_projection.detach().float().cpu().numpy().tobytes())
+
+
+def save(stage, **state):
+    wait_for_all()
+    if rank() == 0:
+        state |= {"phase": stage.phase, "classes": stage.split.classes,
+                  "words": stage.split.words, "recipe": stage.recipe}
+        with writing(stage.out / f"{stage.phase}.pt") as temporary:
+            torch.save(state, temporary)
+        (stage.out / f"{stage.phase}.part").unlink(missing_ok=True)
+    wait_for_all()
+
+
+def save_generator(stage, generator):
+    save(stage, generator=generator.state_dict(), options=generator.options,
+         **{generator.kind: generator.trunk.sizes})
+
+
+def save_prompts(stage, u_b, **state):
+    """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E); then OUT/prompts.pt"""
+    if rank() == 0:
+        rows = nearest_words(u_b, sorted({*read_nouns(), *stage.split.words}), stage.clip)
+        with writing(stage.out / "prompts.txt") as temporary:
+            temporary.write_text("".join(
+                f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"
+                for name, row in zip(stage.split.classes, rows)), encoding="utf-8")
+    save(stage, u_b=u_b.cpu(), clip=clip_digest(stage.clip), **state)
+
+
+# -------------------------------------------------------------------------------------------------
+
+PHASES = {"classify": classification, "match": matching, "prompts": prompt_learning,
+          "refine": refinement, "export": export}
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Trains the mask generator from image-level labels; exports CAMs.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    files = parser.add_argument_group("files")
-    files.add_argument("--data", required=True, metavar="ROOT", help="folder with classes.txt and SPLIT.csv; prepare/ writes them")
-    files.add_argument("--split", default="train", help="ROOT/SPLIT.csv: the photos to train on and to export")
-    files.add_argument("--clip", default="ViT-B/32", metavar="NAME", help="CLIP by name, downloaded once, or a checkpoint file")
-    files.add_argument("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT that classify starts from: "
-                       "a name, downloaded once, or a checkpoint file")
-    files.add_argument("--generator", choices=["vit", "resnet"], default="vit", help="S, chosen in classify; the later phases and "
-                       "the export read from its checkpoint which it is")
-    files.add_argument("--resnet", default="resnet50", metavar="NAME", help="as --vit, for --generator resnet: a ResNet of "
-                       "torchvision")
-    files.add_argument("--background-words", metavar="FILE", help="refine, export: words written by hand, `class: word, word` a "
-                       "line, in the place of the learned prompts")
-    files.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, log and CAMs")
-    files.add_argument("--checkpoint", metavar="FILE", help="export: the generator whose CAMs are written (default OUT/refine.pt)")
-    files.add_argument("--cams", metavar="DIR", help="export: where the CAMs go (default OUT/cams)")
-    work = parser.add_argument_group("what to run")
-    work.add_argument("--phase", choices=[*PHASES, "export", "all"], default="all",
-                      help="one phase, starting from the files of the earlier ones, or all and the export")
-    work.add_argument("--resume", action="store_true", help="keep finished phases, go on where a killed one stopped, same recipe")
-    work.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    work.add_argument("--seed", type=at_least(0), default=0, help="everything random follows from it")
-    work.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                      help="of matrix products; auto: float32 on a CPU, bfloat16 on a GPU, float16 on one without it")
-    work.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that load images")
-    recipe = parser.add_argument_group("recipe, and overrides for the phases that run (all values: TABLE)")
-    recipe.add_argument("--recipe", choices=list(RECIPES), default="voc", help="hyper-parameters of all phases and the export")
-    recipe.add_argument("--steps", type=at_least(1), metavar="N", help="length of a phase; a few hundred show if data work")
-    recipe.add_argument("--batch", type=at_least(1), metavar="N", help="images per step, over all processes; rates stay")
-    recipe.add_argument("--lambda-b", type=float, metavar="X", help="background term of L_match; larger: bigger masks")
-    recipe.add_argument("--lambda-r", type=float, metavar="X", help="L_refine; larger: tighter masks, too large: holes")
-    recipe.add_argument("--repel", choices=["text", "text-log", "image"], help="what L_T pushes a prompt from: the class text, the "
-                        "same unbounded, the kept region")
+    parser = argparse.ArgumentParser(
+        description="Trains the mask generator from image-level labels; exports CAMs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, metavar="ROOT", help="folder with classes.txt and SPLIT.csv")
+    add("--split", default="train", help="ROOT/SPLIT.csv: the photos to train on and to export")
+    add("--out", required=True, metavar="DIR", help="for checkpoints, logs and CAMs")
+    add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the "
+        "recipe's, for the phases that run that have them: --set lambda_r=0.2 length=4")
+    add("--steps", type=int, metavar="N", help="short for --set steps=N")
+    add("--batch", type=int, metavar="N", help="short for --set batch=N: images per step, over "
+        "all processes; the rates stay")
+    add("--phase", choices=[*PHASES, "all"], default="all", help="one phase, which starts from "
+        "the files of the earlier ones, or all of them")
+    add("--resume", action="store_true", help="keep what is finished, and go on exactly where a "
+        "killed run stopped")
+    add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
+        "a checkpoint file")
+    add("--generator", choices=["vit", "resnet"], default="vit", help="S; chosen in classify")
+    add("--vit", default="deit_small", metavar="NAME", help="classify: an ImageNet-pretrained "
+        "DeiT by name, downloaded once, or a checkpoint file")
+    add("--resnet", default="resnet50", metavar="NAME", help="the same, with --generator resnet")
+    add("--checkpoint", metavar="FILE", help="export: this generator (default OUT/refine.pt)")
+    add("--cams", metavar="DIR", help="export: where the CAMs go (default OUT/cams)")
+    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of matrix products in training; auto: float32 on a CPU, bfloat16 on a GPU")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
+    add("--seed", type=int, default=0, help="everything random follows from it")
     return parser.parse_args(argv)
 
 
-def main(args):
-    rank, world, device = start_processes(args.device)
-    split, out = Split(args.data, args.split), Path(args.out)
-    if rank == 0:
-        counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
-        print(f"{args.split}: {len(split.names)} images, which show " + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
-    K, phases = len(split.classes), [args.phase] if args.phase != "all" else [*PHASES, "export"]
-    export = "export" in phases
-    words = read_background_words(Path(args.background_words), split.classes) if args.background_words else None
-    exported = Path(args.checkpoint or out / "refine.pt")
-    if phases == ["export"] and not words:  # those of the refinement
-        words = read_checkpoint(exported, "generator", EARLIER)["recipe"].get("background_words")
-    needs_clip = phases != ["classify"] and (phases != ["export"] or words or (out / "prompts.pt").is_file())
-    clip = load_clip(args.clip, device) if needs_clip else None
-    u_f = class_texts(clip, split.words, device) if clip else None                              # (K, E)
-    background = partial(load_background, words, out / "prompts.pt", clip, split)  # () -> u_b (K, E)
+def recipe_of(name, phase, changes):
+    """The recipe of a phase {key: value}, with those changes that it has a key for"""
+    column = RECIPES.index(name)
+    recipe = {key: row[column] for (phases, key), row in TABLE.items()
+              if phase in phases or phases == "all" and phase != "export"}
+    return recipe | {key: value for key, value in changes.items() if key in recipe}
 
-    # ------------------------------------------------------------------------------------------ train
-    if rank == 0 and phases != ["export"]:
-        hold(out)
-    for phase in [phase for phase in phases if phase != "export"]:
-        recipe = RECIPES[args.recipe][phase] | RECIPES[args.recipe]["views"]
-        recipe |= {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-        recipe |= {"seed": args.seed, "split": args.split, "classes": split.classes, "photos": split.digest}
-        recipe["clip"] = Path(args.clip).name  # the name: folders may have moved
+
+def parse_changes(args, phases):
+    """--set, --steps, --batch -> {key: value}"""
+    changes = {key: value for key in ("steps", "batch") if (value := getattr(args, key))}
+    keys = {key for phase in phases for key in recipe_of(args.recipe, phase, {})}
+    for word in args.set:
+        key, _, value = word.partition("=")
+        if key not in keys:
+            raise InputError(f"--set {word}: expected KEY=VALUE, KEY of {', '.join(sorted(keys))}")
+        try:
+            changes[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key] = value  # a word, as in pool=mean
+    return changes
+
+
+def main(args):
+    device = start_processes(args.device)
+    split, out = Split(args.data, args.split), Path(args.out)
+    phases = list(PHASES) if args.phase == "all" else [args.phase]
+    if args.checkpoint and phases != ["export"]:
+        raise InputError("--checkpoint: of --phase export alone; other phases make their own")
+    changes, clip, u_f = parse_changes(args, phases), None, None
+    if phases != ["classify"] and (phases != ["export"] or (out / "prompts.pt").is_file()):
+        clip = load_clip(args.clip, device)
+        u_f = class_texts(clip, split.words, device)                             # (K, E)
+    if rank() == 0:
+        counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
+        print(f"{args.split}: {len(split.names)} images, which show "
+              + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
+
+    for phase in phases:
+        recipe = recipe_of(args.recipe, phase, changes)
+        recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest}
         if phase == "classify":
             recipe[args.generator] = Path(getattr(args, args.generator)).name
-        if phase == "refine":
-            recipe["background_words"] = words
+        elif clip:
+            recipe["clip"] = clip_digest(clip)
         checkpoint = out / f"{phase}.pt"
         if args.resume and checkpoint.is_file():
-            check_recipe(checkpoint, read_checkpoint(checkpoint, "recipe", f"delete it to run {phase} again")["recipe"], recipe)
+            before = read_checkpoint(checkpoint, "recipe", f"delete it to run {phase} again")
+            check_recipe(checkpoint, before["recipe"], recipe)
             continue
         torch.manual_seed(args.seed)
-        if phase == "classify":
-            if args.generator == "vit":
-                options = {key: recipe[key] for key in ("class_attention", "pool", "reduction")}
-                model = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K, **options).to(device)
-            else:
-                model = CNNGenerator(load_resnet(args.resnet), K).to(device)
-            step_loss = partial(classification, predictions=model.predictions)
-        elif phase == "match":
-            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_through_clip().to(device)
-            step_loss = partial(matching, clip=clip, u_f=u_f, lambda_b=recipe["lambda_b"])
-        elif phase == "prompts":
-            generator = load_generator(out / "match.pt", split.classes).to(device)
-            model = Prompts(clip, K, recipe["length"]).to(device)
-            step_loss = partial(prompt_learning, generator=generator, clip=clip, u_f=u_f, lambda_t=recipe["lambda_t"],
-                                repel=recipe["repel"])
-        else:
-            model = load_generator(out / "classify.pt", split.classes, recipe["drop_path"]).train_through_clip().to(device)
-            step_loss = partial(refinement, clip=clip, u_f=u_f, u_b=background(), lambda_b=recipe["lambda_b"],
-                                lambda_r=recipe["lambda_r"])
-
-        for earlier in STARTS_FROM[phase]:
-            if earlier != "prompts" or not words:
-                check_photos(out / f"{earlier}.pt", recipe)
-        crops = Crops(split, recipe["crop"], args.seed, recipe["min_area"], recipe["augment"] and phase != "prompts")
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        trunk, rest = ([p for name, p in trained.items() if name.startswith("trunk.") == of_trunk] for of_trunk in (True, False))
-        lr = recipe["lr"]
-        optimizer = torch.optim.AdamW([{"params": trunk, "peak": lr * recipe.get("trunk_lr", 1)}, {"params": rest, "peak": lr}],
-                                      weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
-        warmup = recipe.get("warmup", 0) * recipe["steps"] // RECIPES[args.recipe][phase]["steps"]  # shorter with fewer --steps
-        decay = partial(cosine_decay, steps=recipe["steps"], epochs=recipe["epochs"], warmup=warmup, first=1e-6 / lr,
-                        last=recipe.get("last_lr", 0) / lr)
-        train(phase, model, step_loss, crops, optimizer, decay, recipe, args, rank, world, device)
-
-        state = {"phase": phase, "classes": split.classes, "words": split.words, "recipe": recipe}
-        if phase == "prompts":
-            state["vectors"] = model.vectors.detach().cpu()
-        else:
-            state |= {"generator": model.state_dict(), model.kind: model.trunk.sizes, "options": model.options}
-        if rank == 0:
-            if phase == "prompts":
-                write_nearest_words(out / "prompts.txt", model, clip, split)
-            write_file(checkpoint, lambda path, state=state: torch.save(state, path))
-            (out / f"{phase}.part").unlink(missing_ok=True)
-        wait_for_all()
-
-    # ------------------------------------------------------------------------------------------ export
-    if export:
-        generator = load_generator(exported, split.classes).to(device)
-        folder = Path(args.cams or out / "cams")
-        if rank == 0:
-            hold(folder)
-            (folder / BACKGROUND).unlink(missing_ok=True)  # that of earlier CAMs
-        scales = RECIPES[args.recipe]["export"]["scales"]
-        if rank == 0:
-            made_of = {"generator": file_digest(exported), "scales": list(scales), "photos": split.digest}
-            clear_unless(args.resume, folder, made_of, [f"{name}.npy" for name in split.names])
-        wait_for_all()
-        export_cams(generator, split, folder, scales, device, rank, world)
-        wait_for_all()
-        if clip:
-            losses = background_losses(clip, u_f, background(), split, folder, device, rank, world)
-            score, low, high = choose_score(losses)
-            if rank == 0:
-                means = dict(zip(SCORES, losses.mean(dim=0).tolist()))
-                state = {"background_score": score, "not_told_apart": [low, high], "losses": means}
-                write_file(folder / BACKGROUND, lambda path: path.write_text(json.dumps(state, indent=1)))
-                print("loss of each background score: " + ", ".join(f"{score} {loss:.3f}" for score, loss in means.items()))
-                print(f"background score {score} for CAMs in {folder}; {len(losses)} (image, class) pairs do not tell the scores from "
-                      f"{low} to {high} from the best" + ("; the range ends there: look at the CAMs, and think of a number of your own "
-                                                          "(WeakTr's is 0.43)" if {low, high} & {SCORES[0], SCORES[-1]} else ""))
-        elif rank == 0:
-            print(f"no background score is chosen without {out / 'prompts.pt'} or --background-words: "
-                  "give one to make_pseudo.py --background-score")
+        PHASES[phase](Stage(phase, recipe, split, out, device, args, clip, u_f))
     end_processes()
-
-
-def write_nearest_words(path, prompts, clip, split):
-    """OUT/prompts.txt: the nouns nearest to each class's learned prompt, a line `class: word cosine, ...`"""
-    with torch.no_grad():
-        u_b = prompts(torch.arange(len(split.classes)).to(prompts.vectors.device))              # (K, E)
-    found = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
-    lines = [f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) for name, row in zip(split.classes, found)]
-    write_file(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

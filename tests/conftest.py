@@ -1,4 +1,4 @@
-"""What several test files share: a tiny toy world, a run of all scripts on it, and ways to call a script."""
+"""What several test files share: a tiny toy world, all scripts run on it, ways to call one."""
 import importlib
 import os
 import shutil
@@ -6,22 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with models this small, threads on busy cores wait five times longer
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: so small, threads cost more
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "prepare"), str(ROOT / "tests")]
+REAL = ROOT.parent / "shared" / "data"  # a few real photos and weights, where there are some
+sys.path[:0] = [str(ROOT / "prepare"), str(ROOT / "experiments"), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from clip_model import run  # noqa: E402
+from common import PALETTE, Journal, run  # noqa: E402
 
 TINY = ["--recipe", "toy", "--steps", "3", "--batch", "4", "--workers", "0", "--device", "cpu"]
+CPU = torch.device("cpu")
+PHASES = ["classify", "match", "prompts", "refine"]  # those that train
 
 
 def run_script(*command):
     """A command line in a Python of its own -> stdout; fails with its stderr."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          cwd=ROOT, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout
 
@@ -38,24 +43,44 @@ def error_line(capsys, script, *flags):
     with pytest.raises(SystemExit) as end:
         call(script, *flags)
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), "\n".join(lines)
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
 
 def files_in(folder):
     """{path below the folder: bytes}"""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def check_label_png(path, size, allowed):
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and picture.size == size and picture.getpalette() == PALETTE
+        assert set(np.unique(picture)) <= set(allowed), path
+
+
+def error(ours, theirs):
+    """max |ours - theirs| / max |theirs|"""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def moved(before, after):
+    """Keys of the tensors of two state dicts that differ"""
+    assert before.keys() == after.keys()
+    return {key for key in before if not torch.equal(before[key], after[key])}
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """data/ with 12 + 4 images, clip.pt, vit.pth; the first image of either split is cut to 37 x 50 pixels. Read-only for tests."""
+    """data/ with 12 + 4 images, clip.pt, vit.pth, resnet.pth. The first image of either split is
+    cut to 37 x 50 pixels. Read-only for tests."""
     world = tmp_path_factory.mktemp("toy")
     run_script("prepare/toy.py", "--out", world, "--train", 12, "--val", 4)
-    for path in ("images/train_00000.jpg", "masks/train_00000.png", "images/val_00000.jpg", "masks/val_00000.png"):
-        with Image.open(world / "data" / path) as picture:
+    for path in (world / "data").glob("*/*_00000.*"):
+        with Image.open(path) as picture:
             picture.load()
-        picture.crop((5, 20, 55, 57)).save(world / "data" / path)
+        picture.crop((5, 20, 55, 57)).save(path)
     return world
 
 
@@ -67,19 +92,20 @@ def root(toy, tmp_path):
 
 @pytest.fixture(scope="session")
 def chain(toy, tmp_path_factory):
-    """All stages before eval.py through their command lines, on a data set without masks/: cam/, masks/, seg/ in one folder."""
+    """All stages before eval.py by their command lines, on data without masks: cam, masks, seg."""
     out = tmp_path_factory.mktemp("chain")
     data = shutil.copytree(toy / "data", out / "data", ignore=shutil.ignore_patterns("masks"))
-    vit = ["--vit", toy / "vit.pth"]
-    run_script("train_cam.py", "--data", data, "--clip", toy / "clip.pt", *vit, "--out", out / "cam", *TINY)
-    run_script("make_pseudo.py", "--data", data, "--cams", out / "cam/cams", "--out", out / "masks", "--device", "cpu")
-    run_script("train_seg.py", "--data", data, "--labels", out / "masks", *vit, "--out", out / "seg", *TINY)
+    data, vit = ["--data", data], ["--vit", toy / "vit.pth"]
+    run_script("train_cam.py", *data, "--clip", toy / "clip.pt", *vit, "--out", out / "cam", *TINY)
+    run_script("make_pseudo.py", *data, "--cams", out / "cam/cams", "--out", out / "masks")
+    run_script("train_seg.py", *data, "--labels", out / "masks", *vit, "--out", out / "seg", *TINY)
     return out
 
 
 @pytest.fixture
 def cam(toy):
-    """cam(out, *flags): train_cam.py in this process, on the tiny toy world; later flags win -> {phase: checkpoint}"""
+    """cam(out, *flags): train_cam.py in this process on the tiny toy world; later flags win.
+    -> {phase: checkpoint}"""
     import train_cam
 
     def cam(out, *flags, data=toy / "data"):
@@ -87,3 +113,16 @@ def cam(toy):
         train_cam.main(train_cam.parse_args([str(flag) for flag in [*files, *TINY, *flags]]))
         return {path.stem: torch.load(path, weights_only=True) for path in Path(out).glob("*.pt")}
     return cam
+
+
+@pytest.fixture
+def dies_at_2(monkeypatch):
+    """A training run is killed when it has saved its second step, until this is called."""
+    original = Journal.write
+
+    def dies(journal, step, *args):
+        original(journal, step, *args)
+        if step == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(Journal, "write", dies)
+    return lambda: monkeypatch.setattr(Journal, "write", original)

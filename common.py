@@ -1,0 +1,439 @@
+"""What the stages share and what says nothing about the method: one line for a user's mistake,
+devices and processes, the data layout, pictures, files that are whole or absent, training logs.
+
+The data layout (docs/data.md): ROOT/classes.txt, ROOT/SPLIT.csv with a line `PATH,CLASS;CLASS`
+per photo, ROOT/masks/NAME.png.
+"""
+import csv
+import datetime
+import hashlib
+import http.client
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from functools import lru_cache, reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+
+
+# ---- A user's mistake ----------------------------------------------------------------------------
+
+class InputError(Exception):
+    """One line for the user: what was read, what was expected, what fixes it."""
+
+
+def run(main, args):
+    """main(args). InputError, and files that cannot be written, become one line and exit code 2."""
+    try:
+        main(args)
+    except (InputError, OSError) as error:
+        line = str(error).strip().splitlines()[-1]  # a loading process sends its traceback along
+        print(f"error: {line.removeprefix('common.InputError: ')}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- Devices and processes -----------------------------------------------------------------------
+
+def start_processes(device):
+    """Join torchrun's process group, if there is one. auto, cpu or cuda -> torch.device"""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device; use --device cpu, or install "
+                         "a torch that was built for CUDA")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=12))
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else \
+        torch.device(device)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end_processes():
+    wait_for_all()  # torchrun stops the other processes when one of them ends with an error
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(x):
+    """A tensor -> its sum over all processes, on the same device"""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def my_share(items, title):
+    """This process's part of a list, with a progress bar in a terminal"""
+    return tqdm(items[rank()::world()], title, disable=None if rank() == 0 else True)
+
+
+def autocast(device, precision):
+    """Matrix products in bfloat16 or float16, all else in float32.
+
+    auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has no bfloat16."""
+    if precision == "auto":
+        precision = "float32"
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bfloat16" if fast else "float16"
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+@contextmanager
+def writing(path):
+    """A temporary path to write to, which takes path's place at the end: never half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".writing.{path.name}")  # keeps the suffix, which Pillow looks at
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def clear_unless_made_of(origin, folder, files, keep=True):
+    """Remove these files of a folder unless folder/made_of.json says that they were made of the
+    same origin (a dict of plain values), so that finished files of a killed run can be kept."""
+    note, origin = Path(folder) / "made_of.json", json.dumps(origin, indent=1) + "\n"
+    if not (keep and note.is_file() and note.read_text() == origin):
+        for file in files:
+            (Path(folder) / file).unlink(missing_ok=True)
+        with writing(note) as temporary:
+            temporary.write_text(origin)
+
+
+def digest(data):
+    """Bytes, or the path of a file -> the first 16 hexadecimal digits of the SHA-256"""
+    data = Path(data).read_bytes() if isinstance(data, (str, Path)) else data
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def fetch_weights(url, sha256, cache=None):
+    """The file at url, whose SHA-256 begins with these digits, downloaded once -> Path"""
+    path = Path(cache or Path(torch.hub.get_dir(), "checkpoints"), url.split("/")[-1])
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise InputError(f"cannot download {url} ({error}); run again, or fetch it by hand "
+                             f"and save it as {path}") from None
+    return path
+
+
+def read_tensors(path, expected):
+    """A file of torch.save -> its tensors and plain types; nothing in it is executed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected {expected}") from None
+    except Exception as error:  # a broken pickle raises anything
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); expected "
+                         f"{expected}") from None
+
+
+def read_checkpoint(path, key, remedy):
+    """A checkpoint of this project -> dict. key: the entry that makes it the right one"""
+    state = read_tensors(path, f"a checkpoint of this project; {remedy}")
+    if not isinstance(state, dict) or not {key, "recipe"} <= set(state):
+        raise InputError(f"{path}: has no {key!r}; expected another checkpoint; {remedy}")
+    return state
+
+
+def load_weights(make, state, path, expected):
+    """make() with the tensors of a state dict. It is made without memory; every key must fit."""
+    try:
+        with torch.device("meta"):
+            model = make()
+        model.load_state_dict(state, assign=True)
+        return model
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"{path}: its weights do not fit ({reason}); expected {expected}"
+                         ) from None
+
+
+def check_recipe(path, before, now):
+    for key in now:
+        if before.get(key) != now[key]:
+            raise InputError(f"{path}: begun with {key} {before.get(key)}, now it is {now[key]}; "
+                             "use the same, or delete that file to begin anew")
+
+
+def check_classes(path, found, split):
+    if found != split.classes:
+        raise InputError(f"{path}: trained for {len(found)} classes, {', '.join(found[:4])}, ...; "
+                         f"the data has {len(split.classes)}: {', '.join(split.classes[:4])}, ...; "
+                         "use the data that it was trained for")
+
+
+# ---- Photos, label pictures, and the data layout -------------------------------------------------
+
+PALETTE = [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8))
+           for i in range(256) for c in range(3)]  # VOC's colours
+
+
+def read_image(path, upright=True):
+    """A file -> PIL image, RGB. upright: turned as its EXIF orientation says"""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # 89 million pixels
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+        raise InputError(f"{path}: not a readable image ({error}); expected a JPEG, a PNG or "
+                         "another image file; replace it") from None
+
+
+def scaled_input(photo, scale, patch, most):
+    """PIL photo -> (1, 3, h*patch, w*patch), ImageNet-normalised, resized to whole patches.
+    Attention takes memory by the square of the patches: a photo of more than `most` is shrunk."""
+    W, H = photo.size
+    scale = min(scale, patch * (most / (H * W)) ** 0.5)
+    size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
+    pixels = v2.functional.resize(photo, size, InterpolationMode.BICUBIC)
+    pixels = v2.functional.pil_to_tensor(pixels).float() / 255
+    return v2.functional.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)[None]
+
+
+def write_labels(path, labels):
+    """labels uint8 (H, W): 0 background, 1..K classes, 255 ignore -> palette PNG"""
+    picture = Image.fromarray(labels)
+    picture.putpalette(PALETTE)
+    with writing(path) as temporary:
+        picture.save(temporary)
+
+
+def read_labels(path, size, num_labels):
+    """A label PNG -> uint8 (H, W). size: (H, W) of its photo, or None; num_labels: K + 1"""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L"):
+                raise ValueError(f"mode {picture.mode}: colours, not class numbers")
+            labels = np.array(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: no readable label picture ({error}); expected a palette or grey "
+                         "PNG of class numbers") from None
+    if size not in (None, labels.shape):
+        raise InputError(f"{path}: {labels.shape} pixels (height, width), its photo {size}; "
+                         "expected the same; make the label picture again")
+    if (labels + np.uint8(1)).max() > num_labels:  # 255 becomes 0
+        label = labels[labels < 255].max()
+        raise InputError(f"{path}: label {label}; expected 0 to {num_labels - 1} or 255 (ignore); "
+                         "made for another class list, or with COCO's 91 category ids?")
+    return labels
+
+
+def read_cams(folder, name, present, size):
+    """folder/NAME.npy (n, any h, any w) in [0, 1], a map for each class in present (n,) -> float32
+    (n, H, W), size = (H, W) of the photo"""
+    path = Path(folder) / f"{name}.npy"
+    if len(present) == 0:
+        return torch.zeros(0, *size)
+    try:
+        maps = np.load(path, allow_pickle=False).astype(np.float32)
+        if maps.ndim != 3 or len(maps) != len(present) or not (maps.min() >= 0 and maps.max() <= 1):
+            raise ValueError(f"shape {maps.shape}, values {maps.min():.3g} to {maps.max():.3g}")
+    except Exception as error:  # a broken header raises anything
+        raise InputError(f"{path}: no readable CAMs ({error}); expected {len(present)} maps in [0, "
+                         "1]; export them again, or convert another program's with "
+                         "prepare/foreign.py") from None
+    # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not
+    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in maps]
+    return torch.from_numpy(np.array(maps))
+
+
+class Split:
+    """ROOT/classes.txt and ROOT/SPLIT.csv. Opens no photo and no mask.
+
+    names: of the photos, without folder and ending; CAMs and masks have the same. paths {name:
+    file}; labels {name: (K,) bool}; classes (K); words (K), the classes as CLIP is told them;
+    upright: whether EXIF orientation counts; digest: of the whole list and its labels."""
+
+    def __init__(self, root, split):
+        self.root, self.split = Path(root), split
+        lines = self.read("classes.txt", "a class per line")
+        parts = [line.partition(":") for line in lines if line and line[0] != "#"]
+        self.classes = [name.strip() for name, _, _ in parts]
+        self.words = [words.strip() or name.strip() for name, _, words in parts]
+        self.upright = "# exif: ignore" not in lines
+        number = {name: k for k, name in enumerate(self.classes)}
+        if not 0 < len(number) == len(self.classes) < 255 or {"", "background"} & set(number):
+            raise InputError(f"{self.root / 'classes.txt'}: {len(self.classes)} classes, "
+                             f"{len(number)} different ones; expected 1 to 254, each once, none "
+                             "empty or called background")
+        self.paths, self.labels, table = {}, {}, self.root / f"{split}.csv"
+        for row in csv.reader(self.read(table.name, "a line `PATH,CLASS;CLASS` per photo")):
+            found = [name.strip() for name in ";".join(row[1:]).split(";") if name.strip()]
+            path = self.root / "".join(row[:1]).strip()
+            if not row or path == self.root:
+                continue
+            if unknown := set(found) - set(number):
+                raise InputError(f"{table}: class {min(unknown)!r} of {row[0]} is not in "
+                                 "classes.txt; correct one of the two files")
+            if not path.is_file() or path.stem in self.paths:
+                problem = "a second photo of this name" if path.is_file() else "no such photo"
+                raise InputError(f"{table}: {row[0]}: {problem} in {self.root}; expected one file "
+                                 "for each line, with different names")
+            self.paths[path.stem] = path
+            self.labels[path.stem] = np.zeros(len(number), bool)
+            self.labels[path.stem][[number[name] for name in found] or slice(0)] = True
+        self.names = list(self.paths)
+        self.digest = digest(b"".join(name.encode() + self.labels[name].tobytes()
+                                      for name in self.names))
+        if not self.names:
+            raise InputError(f"{table}: empty; expected a line `PATH,CLASS;CLASS` per photo")
+
+    def read(self, file, expected):
+        try:
+            text = (self.root / file).read_text(encoding="utf-8-sig")
+            if "\0" in text or max(map(len, text.splitlines()), default=0) > 100_000:
+                raise ValueError("not a text of short lines")
+            return [line.strip() for line in text.splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.root / file}: not readable ({error}); expected {expected}; "
+                             "prepare/ writes it (docs/data.md)") from None
+
+    def image(self, name):
+        return read_image(self.paths[name], self.upright)
+
+
+# ---- Training: the order of the photos, and what a run writes while it goes on -------------------
+
+def mixed_seed(*numbers):
+    """Whole numbers -> one seed for all of them"""
+    return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, numbers)
+
+
+@lru_cache(maxsize=4)
+def shuffled(n, seed, epoch):
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def load_batches(dataset, recipe, start, device, workers):
+    """DataLoader of the steps after `start`. Shuffled passes over the photos, one after the other,
+    are cut into batches, of which a process takes its part. A batch depends on seed and step
+    alone, and an item (epoch, i) too: resuming and more processes or workers change nothing."""
+    n, batch, seed = len(dataset), recipe["batch"], recipe["seed"]
+    if batch < world():
+        raise InputError(f"batch {batch} for {world()} processes; expected an image for each")
+    places = (range(step * batch + rank(), (step + 1) * batch, world())
+              for step in range(start, recipe["steps"]))
+    batches = ([(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]
+               for part in places)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                      pin_memory=device.type == "cuda")
+
+
+def share_of_all(n, device):
+    """n over its mean of all processes: makes DistributedDataParallel's mean one over all n.
+    It stays on the device, which nothing waits for."""
+    if world() == 1:
+        return 1
+    total = sum_over_processes(torch.full((), float(n), device=device))
+    return n * world() / total.clamp(min=1)
+
+
+class Journal:
+    """What a training run writes about sixty times: OUT/PHASE.part, from which --resume goes on
+    exactly, and OUT/PHASE.jsonl, its log. step: the last one done."""
+
+    def __init__(self, path, recipe, model, optimizer, scaler, names, resume):
+        self.part, self.log = path.with_suffix(".part"), path.with_suffix(".jsonl")
+        self.recipe, self.names, self.steps = recipe, names, recipe["steps"]
+        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        self.step, self.rows, self.window = 0, [], []
+        if resume and self.part.is_file():
+            remedy = f"delete it to begin {path.stem} anew"
+            state = read_checkpoint(self.part, "rows", remedy)
+            check_recipe(self.part, state["recipe"], recipe)
+            try:
+                for name, part in self.parts.items():
+                    if state[name]:  # a GradScaler's is empty if the precision needed none
+                        part.load_state_dict(state[name])
+                self.step, self.rows = state["step"], state["rows"]
+            except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(f"{self.part}: does not fit ({error!r:.150}); {remedy}") from None
+        self.start, self.began = self.step, time.time()
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.stem,
+                        disable=None if rank() == 0 else True)
+
+    def write(self, step, images, values, n):
+        """Gather {name: mean over n} of a step of these images; now and then, log and save."""
+        self.window.append((images, {key: x.detach() for key, x in values.items()}, n))
+        self.step = step
+        self.bar.update()
+        if step % max(1, self.steps // 60) and step < self.steps:
+            return
+        device = values["loss"].device
+        sums = torch.stack([torch.stack([values[key].double() * n for key in values]
+                                        + [torch.full((), n, device=device).double()])
+                            for _, values, n in self.window]).sum(dim=0)
+        *sums, n = sum_over_processes(sums).tolist()
+        means = {key: round(x / max(1, n), 5) for key, x in zip(values, sums)}
+        self.check(means["loss"])
+        done, took = (step - self.start) * self.recipe["batch"], time.time() - self.began
+        row = {"phase": self.part.stem, "step": step,
+               "epoch": round(step * self.recipe["batch"] / len(self.names), 2), **means,
+               "lr": self.parts["optimizer"].param_groups[-1]["lr"],
+               "images_per_s": round(done / took, 1),
+               "eta_s": round(took / (step - self.start) * (self.steps - step)),
+               "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if
+               device.type == "cuda" else 0}
+        self.window = []
+        self.rows.append(row)
+        if rank() == 0:
+            tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
+                                  f"{key} {value}" for key, value in row.items()))
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            with writing(self.part) as temporary:
+                torch.save(state | {"step": step, "rows": self.rows, "recipe": self.recipe},
+                           temporary)
+            with writing(self.log) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def check(self, loss):
+        """Stop before anything that is not a number is saved."""
+        weights = self.parts["model"].parameters()
+        if math.isfinite(loss) and all(p.isfinite().all() for p in weights if p.requires_grad):
+            return
+        odd = [i for i, values, _ in self.window if not values["loss"].isfinite()]
+        names = ", ".join(self.names[i] for i in (odd or [i for i, _, _ in self.window])[0])
+        raise InputError(f"{self.part.stem}, step {self.step}: loss {loss} or weights not finite, "
+                         f"first with the images {names or 'of another process'}; expected "
+                         "numbers; go on from the last good state with --resume, without these "
+                         "photos, or begin anew with a lower lr")

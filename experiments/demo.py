@@ -1,0 +1,115 @@
+"""The whole method on the toy world, through the command lines of the six scripts: make demo.
+
+A step whose file is there already is skipped, so an interrupted demo goes on where it stopped.
+Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
+each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
+
+  python experiments/demo.py --out runs/toy                        # about a quarter of an hour
+  python experiments/demo.py --out runs/cnn --generator resnet
+"""
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import InputError, run, writing  # noqa: E402
+
+TABLE = {"classify": "classification CAM", "match": "matching CAM", "refine": "refined CAM",
+         "masks_plain": "pseudo mask, no CRF", "masks": "pseudo mask, CRF", "seg": "segmentation",
+         "full": "fully supervised segmentation"}
+TITLES = {"classify": "Classification: learns which classes a photo shows; looks at backgrounds",
+          "match": "Matching: the kept region must match the class text [eq. 1]",
+          "prompts": "Prompt learning: a prompt per class learns the background [eq. 2]",
+          "refine": "Refinement: the kept region must not match the prompt [eq. 3]"}
+
+
+def script(path, *flags):
+    """Run one of our scripts; end with its exit code if it fails."""
+    words = [path, *(word for flag in flags for word in shlex.split(str(flag)))]
+    print(f"$ python {shlex.join(words)}", flush=True)
+    done = subprocess.run([sys.executable, str(ROOT / path), *words[1:]])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def step(title, made, path, *flags):
+    """Say what comes and run a script, unless the last file that it writes is there."""
+    print(f"\n# {title}", flush=True)
+    if Path(*shlex.split(made)).is_file():
+        print(f"{made} is there already")
+    else:
+        script(path, *flags)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="The whole method on the toy world.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", default="runs/toy", help="folder for everything")
+    add("--seed", type=int, default=0, help="of the data and of every training")
+    add("--generator", choices=["vit", "resnet"], default="vit",
+        help="of the CAMs; the segmentation model is a ViT")
+    add("--world", default="", help="further flags for prepare/toy.py, in quotes")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    began, folder = time.time(), Path(args.out)
+    wanted = {"seed": args.seed, "world": args.world, "generator": args.generator}
+    begun = folder / "demo.json"
+    if begun.is_file() and json.loads(begun.read_text()) != wanted:
+        raise InputError(f"{begun}: a demo with {begun.read_text()}, now {wanted}; expected the "
+                         "same, to go on; pass another --out")
+    with writing(begun) as temporary:
+        temporary.write_text(json.dumps(wanted))
+    out = shlex.quote(args.out)  # part of command lines from here on
+    data, cam, vit = f"--data {out}/data", f"{out}/cam", f"--vit {out}/vit.pth"
+    common = f"{data} --recipe toy --seed {args.seed} --workers 0"
+    weights = f"--clip {out}/clip.pt --out {cam} --resume"
+
+    step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a trunk",
+         f"{out}/vit.pth", "prepare/toy.py", f"--out {out} --seed {args.seed}", args.world)
+    for phase, title in TITLES.items():
+        step(title, f"{cam}/{phase}.pt", "train_cam.py", common, weights, f"--phase {phase}",
+             vit, f"--generator {args.generator} --resnet {out}/resnet.pth")
+    for phase in ("classify", "match", "refine"):  # all prompts are there for the score
+        step(f"CAMs of {phase}.pt, and the background score that CLIP chooses for them",
+             f"{out}/cams_{phase}/background.json", "train_cam.py", common, weights,
+             f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}")
+        step("Their mIoU", f"{out}/{phase}.json", "eval.py", data, "--split train",
+             f"--cams {out}/cams_{phase} --json {out}/{phase}.json")
+    for name, crf in (("masks_plain", "none"), ("masks", "voc")):
+        step(f"Pseudo masks of the refined CAMs, CRF {crf}", f"{out}/{name}.json", "make_pseudo.py",
+             data, f"--cams {out}/cams_refine --out {out}/{name} --crf {crf}")
+        step("Their mIoU", f"{out}/{name}.json", "eval.py", data, "--split train",
+             f"--pred {out}/{name} --json {out}/{name}.json")
+    for name, labels, title in (
+            ("seg", f"{out}/masks", "A segmentation model learns from the pseudo masks"),
+            ("full", f"{out}/data/masks", "The same with the true masks: the upper bound")):
+        step(title, f"{out}/{name}/seg.pt", "train_seg.py", common, vit,
+             f"--labels {labels} --out {out}/{name} --resume")
+        step("Its mIoU on photos that no training has seen", f"{out}/{name}.json", "eval.py", data,
+             f"--checkpoint {out}/{name}/seg.pt --json {out}/{name}.json --save {out}/pred_{name}")
+
+    scores = {name: json.loads((folder / f"{name}.json").read_text()) for name in TABLE}
+    with writing(folder / "table.json") as temporary:
+        temporary.write_text(json.dumps({name: row["miou"] for name, row in scores.items()}) + "\n")
+    step("Pictures: every equation at work", f"{out}/index.html", "experiments/companion.py",
+         f"--run {out}")
+    print(f"\n{'stage':<32}{'split':<8}{'mIoU':>6}   background score")
+    for name, title in TABLE.items():
+        row = scores[name]
+        print(f"{title:<32}{row['list']:<8}{row['miou']:6.1f}   {row['background_score'] or ''}")
+    print("\nnouns nearest to each class's learned prompt")
+    print((folder / "cam/prompts.txt").read_text())
+    print(f"pictures: {args.out}/index.html, {args.out}/strip.png   "
+          f"{(time.time() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

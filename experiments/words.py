@@ -1,0 +1,51 @@
+"""Background prompts from words written by hand, as CLIMS and CLIP-ES have them, not learned.
+
+  u_k^b = mean of E_T("a photo of {word}.") / |E_T("a photo of {word}.")| over the words of class k
+
+Reads a line `class: word, word` for each class. Writes OUT/prompts.pt and OUT/prompts.txt, as
+--phase prompts of train_cam.py does; its phases refine and export read them.
+
+  python experiments/words.py --data runs/toy/data --clip runs/toy/clip.pt --words words.txt \
+      --out runs/hand               # and copy classify.pt there, for train_cam.py --phase refine
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clip_model import load_clip  # noqa: E402
+from common import InputError, Split, run, start_processes  # noqa: E402
+from train_cam import Stage, class_texts, save_prompts  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Background prompts from words written by hand.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, metavar="ROOT", help="as for train_cam.py")
+    add("--split", default="train", help="ROOT/SPLIT.csv: the photos to refine on")
+    add("--words", required=True, metavar="FILE", help="a line `class: word, word` for each class")
+    add("--out", required=True, metavar="DIR", help="where prompts.pt and prompts.txt go")
+    add("--clip", default="ViT-B/32", metavar="NAME", help="as for train_cam.py")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    device = start_processes("auto")
+    split, clip = Split(args.data, args.split), load_clip(args.clip, device)
+    rows = [line.partition(":") for line in Path(args.words).read_text("utf-8").splitlines()]
+    words = {name.strip(): [word.strip() for word in row.split(",")] for name, _, row in rows}
+    if set(words) != set(split.classes):
+        raise InputError(f"{args.words}: words for {', '.join(words) or 'no class'}; expected a "
+                         f"line `class: word, word` for each of {', '.join(split.classes)}")
+    u_b = torch.stack([F.normalize(class_texts(clip, words[name], device), dim=1).mean(dim=0)
+                       for name in split.classes])                               # (K, E)
+    recipe = {"words": words, "split": split.split, "photos": split.digest}
+    save_prompts(Stage("prompts", recipe, split, Path(args.out), device, args, clip), u_b)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,230 @@
+"""CAMs and segments of other programs, converted once into what make_pseudo.py and eval.py read.
+
+  python prepare/foreign.py --data ROOT --split train --cams THEIRS --out cams
+  python prepare/foreign.py --data ROOT --split train --segments SAM --out segments
+
+--cams: THEIRS/NAME.npy holds a pickled dict, {class: map} (PSA, MCTformer, WeakTr), or {"keys":
+classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES). Class 0 is the first
+class or the background, whose map is left out: which, follows from the photo's labels. Maps that
+leave [0, 1] are scaled to it. OUT/NAME.npy is float16 (n, h, w), of the n shown classes in order.
+
+--segments: SAM/NAME.json is the output of SAM's automatic mask generator (run lengths, which
+pycocotools decodes), SAM/NAME.npz a boolean array (s, H, W). A smaller segment lies on a larger
+one. OUT/NAME.png is a picture (H, W) of 16 bits: the number of the segment, 0 for none.
+
+Nothing in a pickle is executed. A run that was killed goes on when it is started again.
+"""
+import argparse
+import io
+import json
+import pickle
+import pickletools
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+try:
+    from pycocotools import mask as coco_mask
+except ImportError:
+    coco_mask = None
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import (  # noqa: E402
+    InputError, Split, clear_unless_made_of, digest, my_share, run, writing)
+
+
+# ---- CAMs ----------------------------------------------------------------------------------------
+
+class PickledType:
+    """What a pickle calls numpy.dtype: numbers and "O", a Python object, nothing made of parts."""
+
+    def __init__(self, name, *_):
+        if not re.fullmatch("b1|[iu][1248]|f[248]|O8?", name):
+            raise pickle.UnpicklingError(f"values of type {name}")
+        self.name, self.order = name, "|"
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+class PickledArray:
+    """What a pickle calls numpy's _reconstruct: .array holds its numbers. NumPy's own would follow
+    pointers found in the bytes."""
+
+    def __init__(self, *_):
+        self.array = None
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, data = state
+        if kind.name[0] == "O":
+            (self.array,), () = data, shape
+        else:
+            self.array = np.frombuffer(data, kind.order + kind.name).reshape(
+                shape, order="F" if fortran else "C")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Numbers, arrays and tensors of them, plain types. A pickle that names anything else is
+    refused before that is imported."""
+
+    KNOWN = {
+        "numpy.ndarray": None, "numpy.dtype": PickledType, "collections.OrderedDict": dict,
+        "multiarray._reconstruct": PickledArray,
+        "multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.order + kind.name)[0],
+        "torch._utils._rebuild_tensor_v2":
+            lambda *parts: torch._utils._rebuild_tensor_v2(*parts).detach(),
+        "torch.storage._load_from_bytes":  # a pickle within the pickle
+            lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)}
+
+    def __init__(self, file):
+        begin = file.tell()
+        for number, (code, argument, _) in enumerate(pickletools.genops(file)):
+            if number > 5000 or code.name == "LONG_BINPUT" and argument > 5000:  # memory, stack
+                raise pickle.UnpicklingError("more parts than CAMs have")
+        file.seek(begin)
+        super().__init__(file)
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}".replace("numpy.core.", "").replace("numpy._core.", "")
+        if name not in self.KNOWN:
+            raise pickle.UnpicklingError(f"its pickle asks for {name}, which is not executed")
+        return self.KNOWN[name]
+
+
+def plain(value):
+    return value.array if isinstance(value, PickledArray) else value
+
+
+def choose_maps(data, present):
+    """Another program's dict, present (n,) counted from 0 -> maps float32 (n, h, w), and whether
+    its class 0 is the background"""
+    ids, maps = data.keys(), data.values()
+    if "keys" in data:
+        name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None)
+        if name is None:
+            raise ValueError(f"a dict of {sorted(data)}")
+        ids, maps = plain(data["keys"]), plain(data[name])
+    maps = dict(zip(map(int, ids), map(plain, maps), strict=True))
+    from_0, from_1 = set(present.tolist()), set((1 + present).tolist())
+    fits = [from_0 <= set(maps), from_1 <= set(maps)]
+    if all(fits):  # only an exact match can tell
+        fits = [set(maps) == from_0, set(maps) in (from_1, from_1 | {0})]
+    if fits[0] == fits[1]:
+        raise ValueError(f"maps of the classes {sorted(maps)}, the photo shows {present.tolist()}, "
+                         "counted from 0")
+    maps = [maps[k + fits[1]] for k in present]
+    if not all(len(cam.shape) == 2 and 0 < cam.shape[0] * cam.shape[1] < 2**28 for cam in maps):
+        raise ValueError(f"maps of shape {[tuple(cam.shape) for cam in maps]}")
+    return np.stack([np.asarray(cam, np.float32) for cam in maps]), fits[1]
+
+
+def foreign_cams(path, present):
+    """NAME.npy of another program -> maps float16 (n, h, w) in [0, 1], and whether its class 0 is
+    the background"""
+    try:
+        with open(path, "rb") as file:
+            version, _ = np.lib.format.read_magic(file)
+            read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
+            if not read_header(file)[2].hasobject:
+                raise ValueError("an array, no pickled dict")
+            maps, with_background = choose_maps(plain(PlainUnpickler(file).load()), present)
+        if not np.isfinite(maps).all():
+            raise ValueError("values that are not finite")
+        if maps.min() < 0 or maps.max() > 1.001:
+            low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+            maps = (maps - low) / (high - low + 1e-12)
+        return maps.clip(0, 1).astype(np.float16), with_background
+    except Exception as error:  # a broken pickle raises anything
+        raise InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]:.200}); "
+                         "expected a dict of maps as PSA, MCTformer, WeakTr, IRN, CLIMS, AMN and "
+                         "CLIP-ES write; pass their folder and the labels they had") from None
+
+
+# ---- Segments ------------------------------------------------------------------------------------
+
+def read_masks(path, size):
+    """NAME.json or NAME.npz -> the segments, one after the other, bool (H, W)"""
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > 2**29:
+                raise ValueError("more than 512 MB")
+        with np.load(path, allow_pickle=False) as file:
+            masks = file[file.files[0]]
+        if masks.dtype != bool or masks.shape[1:] != size:
+            raise ValueError(f"an array of {masks.dtype} {masks.shape}")
+        yield from masks
+        return
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for part in data["annotations"] if isinstance(data, dict) else data:
+        runs = part["segmentation"]
+        if tuple(runs["size"]) != size:  # before the memory for it is taken
+            raise ValueError(f"a segment of size {runs['size']}")
+        if isinstance(runs["counts"], list):
+            runs = coco_mask.frPyObjects(runs, *size)
+        yield coco_mask.decode(runs) > 0
+
+
+def read_segments(folder, name, size):
+    """folder/NAME.json or NAME.npz, of a photo of size (H, W) -> uint16 (H, W), 0 for no segment"""
+    path = Path(folder, f"{name}.npz")
+    path = path if path.is_file() else path.with_suffix(".json")
+    try:
+        labels, area = np.zeros(size, np.uint16), np.full(size, np.inf)  # of the pixel's segment
+        for number, mask in enumerate(read_masks(path, size), 1):
+            on_top = mask & (mask.sum() <= area)
+            labels[on_top], area[on_top] = number, mask.sum()
+        return labels
+    except Exception as error:  # pycocotools raises just that
+        raise InputError(f"{path}: no readable segments ({type(error).__name__}: {error}); "
+                         f"expected NAME.json of SAM, or NAME.npz with a boolean array (segments, "
+                         f"H, W), H and W {size}; make it again") from None
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="CAMs or segments of other programs -> ours.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add("--data", required=True, metavar="ROOT", help="has classes.txt, SPLIT.csv and the photos")
+    add("--split", default="train", help="ROOT/SPLIT.csv: the labels that the program was given")
+    source.add_argument("--cams", metavar="THEIRS", help="folder of NAME.npy, pickled dicts")
+    source.add_argument("--segments", metavar="SAM", help="folder of NAME.json or NAME.npz")
+    add("--out", required=True, metavar="DIR", help="another folder, where the results go")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    split, out = Split(args.data, args.split), Path(args.out)
+    source, ending = Path(args.cams or args.segments), ".npy" if args.cams else ".png"
+    if out.resolve() == source.resolve():
+        raise InputError(f"--out {out}: is the folder that is read; pass another one")
+    if args.segments and coco_mask is None and any(source.glob("*.json")):
+        raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
+    stats = [path.stat() for path in sorted(source.glob("*"))]
+    origin = {"from": str(source.resolve()), "photos": split.digest,
+              "files": digest(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode())}
+    clear_unless_made_of(origin, out, [name + ending for name in split.names])
+    shown = [name for name in split.names if args.segments or split.labels[name].any()]
+    left, with_background = [name for name in shown if not (out / (name + ending)).is_file()], 0
+    for name in my_share(left, "converted"):
+        if args.cams:
+            maps, background = foreign_cams(source / f"{name}.npy",
+                                            np.flatnonzero(split.labels[name]))
+            with_background += background
+        else:
+            picture = Image.fromarray(read_segments(source, name, split.image(name).size[::-1]))
+        with writing(out / (name + ending)) as path:
+            np.save(path, maps) if args.cams else picture.save(path)
+    print(f"{out}: {len(shown)} files, {len(left)} of them new"
+          + (f", of which {with_background} count the background as class 0" if args.cams else ""))
+    print(f"next:\n    python make_pseudo.py --data {args.data} --split {args.split} "
+          + (f"--cams {out} --background-score 0.4 --out masks" if args.cams else
+             f"--segments {out} --cams cams --out masks"))
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,110 @@
+"""Device placement, tried without a device: all stages run on tensors that claim to be elsewhere and
+refuse to be mixed with the CPU's, as CUDA's do."""
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import eval
+import make_pseudo
+import train_cam
+import train_seg
+
+ELSEWHERE, CPU, aten = torch.device("meta"), torch.device("cpu"), torch.ops.aten
+
+
+class There(torch.Tensor):
+    """Numbers of the CPU that claim another device"""
+
+    @staticmethod
+    def __new__(cls, x):
+        there = torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), storage_offset=x.storage_offset(), dtype=x.dtype,
+            device=ELSEWHERE)
+        there.here = x
+        return there
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        return place(f, args, dict(kwargs or {}))
+
+
+class Placement(TorchDispatchMode):
+    """Makes `.to(ELSEWHERE)` and `device=ELSEWHERE` give such tensors"""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return place(f, args, dict(kwargs or {}))
+
+
+class Constants(TorchFunctionMode):
+    """torch.tensor and new_tensor would make meta tensors without numbers; tolist just waits"""
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if f is torch.Tensor.tolist and isinstance(args[0], There):
+            return args[0].here.tolist()
+        if f is torch.Tensor.new_tensor:
+            return torch.tensor(args[1], dtype=args[0].dtype).to(args[0].device)
+        if f in (torch.tensor, torch.as_tensor) and "device" in kwargs:
+            return f(*args, **{**kwargs, "device": CPU}).to(kwargs["device"])
+        return f(*args, **kwargs)
+
+
+def here(x):
+    return x.here if isinstance(x, There) else x
+
+
+def place(f, args, kwargs):
+    """Run an operation on the CPU's numbers; its result is where CUDA's would be"""
+    op = f.overloadpacket
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    there, first = any(isinstance(x, There) for x in tensors), bool(args) and isinstance(args[0], There)
+    indexed = first and op in (aten.index, aten.index_put_, aten._index_put_impl_)  # by the CPU's too
+    if there and not indexed and op not in (aten._to_copy, aten.copy_) and not all(
+            isinstance(x, There) or x.dim() == 0 for x in tensors):
+        raise RuntimeError(f"{f}: expected all tensors to be on the same device")
+    if kwargs.get("device") is not None:
+        there, kwargs["device"] = torch.device(kwargs["device"]) == ELSEWHERE, CPU
+    out = f(*tree_map(here, args), **tree_map(here, kwargs))
+    if f._schema.is_mutable and args:
+        return args[0]
+    return tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, out) if there else out
+
+
+class NoAutocast(nullcontext):
+    fast_dtype = None
+
+
+class NoThreads:  # another thread would leave the modes
+    __enter__, __exit__, map = lambda self: self, lambda *_: None, staticmethod(map)
+
+
+def run_stages(world, out, set_attribute):
+    """All stages through their command lines, one step each"""
+    for module in (train_cam, make_pseudo, train_seg, eval):
+        set_attribute(module, "start_processes", lambda _: ELSEWHERE)
+        if hasattr(module, "autocast"):
+            set_attribute(module, "autocast", lambda *_: NoAutocast())
+    set_attribute(eval, "ThreadPoolExecutor", lambda _: NoThreads())
+    save = torch.save
+    set_attribute(torch, "save", lambda state, path: save(tree_map(here, state), path))
+    data = f"--data {world}/data --split train"
+    train = f"{data} --recipe toy --vit {world}/vit.pth --steps 1 --batch 4 --workers 0"
+    with Constants(), Placement():
+        for module, flags in ((train_cam, f"{train} --clip {world}/clip.pt --out {out}"),
+                              (make_pseudo, f"{data} --cams {out}/cams --out {out}/masks"),
+                              (train_seg, f"{train} --labels {out}/masks --out {out}"),
+                              (eval, f"{data} --checkpoint {out}/seg.pt")):
+            module.main(module.parse_args(flags.split()))
+
+
+def test_all_tensors_are_where_they_belong(toy, tmp_path, monkeypatch):
+    run_stages(toy, tmp_path, monkeypatch.setattr)
+
+
+def test_a_mix_of_devices_is_refused():
+    with Placement(), pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2, device=ELSEWHERE) + torch.ones(2)

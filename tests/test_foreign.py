@@ -1,0 +1,200 @@
+"""prepare/foreign.py: CAMs and segments of other programs become ours, and nothing is executed."""
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, error_line
+from foreign import foreign_cams
+from PIL import Image
+
+from common import InputError, Split
+
+coco_mask = pytest.importorskip("pycocotools.mask")
+pytestmark = pytest.mark.filterwarnings(  # pycocotools' own, with NumPy 2
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+SHOWN = {"a": ["ant"], "b": ["bee", "cat"], "c": [], "d": ["ant", "bee", "cat"], "e": ["cat"]}
+CLASSES, SIZE, MAP = ["ant", "bee", "cat"], (14, 18), np.zeros((3, 3))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five photos of three classes. Beside them, in ours/, CAMs as train_cam.py writes them."""
+    [(tmp_path / folder).mkdir() for folder in ("data", "ours")]
+    (tmp_path / "data/classes.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "data/train.csv").write_text(
+        "".join(f"{name}.png,{';'.join(shown)}\n" for name, shown in SHOWN.items()))
+    rng = np.random.default_rng(0)
+    for name, shown in SHOWN.items():
+        Image.fromarray(rng.integers(0, 256, SIZE, np.uint8)).save(tmp_path / f"data/{name}.png")
+        if shown:
+            np.save(tmp_path / f"ours/{name}", rng.random((len(shown), 4, 5)).astype(np.float16))
+    return tmp_path / "data"
+
+
+def pseudo_masks(data, cams, out, *flags):
+    flags = ["--background-score", 0.4, "--crf", "none", "--device", "cpu", *flags]
+    call("make_pseudo", "--data", data, "--cams", cams, "--out", out, *flags)
+    return {path.stem: path.read_bytes() for path in out.glob("*.png")}
+
+
+def as_another_program(program, maps, present):
+    """maps (n, h, w) of the present classes (n,) -> what this program gives to np.save"""
+    keys, tensor, maps = torch.from_numpy(present), torch.from_numpy(maps), maps.astype(np.float32)
+    background = np.concatenate([np.full_like(maps[:1], 0.3), maps])
+    return {
+        "IRN, CLIMS": {"keys": keys, "cam": tensor[:, ::2].clone(), "high_res": maps},
+        "AMN": {"keys": np.array([0, *(1 + present)]), "high_res": background},
+        "CLIP-ES": {"keys": present, "cam": maps[:, ::2], "attn_highres": maps.astype(np.float16)},
+        "PSA, MCTformer": dict(zip(present.tolist(), np.asfortranarray(maps))),
+        "WeakTr": {np.int64(k): each for k, each in zip(present, tensor)}}[program]
+
+
+@pytest.mark.parametrize("program", ["IRN, CLIMS", "AMN", "CLIP-ES", "PSA, MCTformer", "WeakTr"])
+def test_cams_of_other_programs(program, data, tmp_path, capsys):
+    """They become the files that we would have written, and give the same masks."""
+    split, paths = Split(data, "train"), list((tmp_path / "ours").iterdir())
+    (tmp_path / "theirs").mkdir()
+    for path in paths:
+        present = np.flatnonzero(split.labels[path.stem])
+        theirs = as_another_program(program, np.load(path), present)
+        np.save(tmp_path / "theirs" / path.name, theirs, allow_pickle=True)
+    call("foreign", "--data", data, "--cams", tmp_path / "theirs", "--out", tmp_path / "cams")
+    assert f"new, of which {4 * (program == 'AMN')} count the background" in capsys.readouterr().out
+    for path in paths:
+        assert np.array_equal(np.load(tmp_path / "cams" / path.name), np.load(path))
+    assert pseudo_masks(data, tmp_path / "ours", tmp_path / "masks 1") == pseudo_masks(
+        data, tmp_path / "cams", tmp_path / "masks 2")
+
+
+def test_a_killed_conversion_goes_on(data, tmp_path, capsys):
+    """Finished files are kept as long as their sources stay. Sources are never written to."""
+    theirs, cams = tmp_path / "ours", tmp_path / "cams"
+    for name, shown in SHOWN.items():
+        np.save(theirs / name, {CLASSES.index(x): 1 + MAP for x in shown}, allow_pickle=True)
+    flags = ["--data", data, "--cams", theirs]
+    call("foreign", *flags, "--out", cams)
+    (cams / "b.npy").unlink()
+    call("foreign", *flags, "--out", cams)
+    assert "4 files, 1 of them new" in capsys.readouterr().out
+    np.save(theirs / "a.npy", {0: np.ones((7, 7))}, allow_pickle=True)
+    call("foreign", *flags, "--out", cams)
+    assert "4 files, 4 of them new" in capsys.readouterr().out
+    assert np.load(cams / "a.npy").shape == (1, 7, 7)
+    assert "pass another one" in error_line(capsys, "foreign", *flags, "--out", theirs)
+    assert len(list(theirs.iterdir())) == 5
+
+
+def test_maps_beyond_0_and_1_are_scaled(tmp_path):
+    for values, expected in (([-2.0, 0, 6], [0, 0.25, 1]), ([0.5, 1.0005], [0.5, 1])):
+        np.save(tmp_path / "a.npy", {3: np.array([values])}, allow_pickle=True)
+        assert foreign_cams(tmp_path / "a.npy", np.array([3]))[0].tolist() == [[expected]]
+
+
+@pytest.mark.parametrize("content", [
+    {0: MAP[None]}, {0: 0.5}, {0: MAP * np.nan}, {0: "map"}, {0: MAP[:0]}, {7: MAP}, [1, 2],
+    {"keys": [0], "highres": 1}, {"keys": [0]}, {"keys": [0, 1], "cam": MAP[None]},
+    {0: MAP, 1: MAP, 2: MAP}, {0: torch.zeros(1).expand(2**14, 2**14)}])  # 1 GB out of 4 bytes
+def test_dicts_of_something_else_are_refused(content, tmp_path):
+    np.save(tmp_path / "a.npy", np.array(content, dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="a.npy: no readable CAMs"):
+        foreign_cams(tmp_path / "a.npy", np.array([0]))
+
+
+class Malicious:
+    def __init__(self, function, *flags):
+        self.function, self.flags = function, flags
+
+    def __reduce__(self):
+        return self.function, self.flags
+
+
+@pytest.mark.parametrize("function", [os.mkdir, eval, torch.load, np.load, shutil.rmtree])
+def test_a_malicious_pickle_executes_nothing(function, data, tmp_path, capsys, monkeypatch):
+    """Our scripts name the command that converts a pickle; that one names what it asks for."""
+    monkeypatch.chdir(tmp_path)
+    np.save("ours/a.npy", {0: Malicious(function, "executed")}, allow_pickle=True)
+    flags = ["--data", data, "--split", "train", "--cams", "ours"]
+    line = error_line(capsys, "foreign", *flags, "--out", "cams")
+    assert re.search(f"its pickle asks for .*{function.__name__}, which is not executed", line)
+    for script, more in (("make_pseudo", ["--out", "masks"]), ("eval", [])):
+        line = error_line(capsys, script, *flags, "--background-score", 0.4, *more)
+        assert "a.npy: no readable CAMs" in line and "prepare/foreign.py" in line
+    assert not (tmp_path / "executed").exists() and not list(tmp_path.glob("cams/*.npy"))
+
+
+INNER = io.BytesIO()  # a tensor's storage is a pickle within the pickle
+torch.save(Malicious(os.mkdir, "executed"), INNER)
+
+
+@pytest.mark.parametrize("content, why", {
+    Malicious(torch.storage._load_from_bytes, INNER.getvalue()): "Weights only load failed",
+    Malicious(np.ndarray, (1,), np.dtype("O"), b"8 bytes."): "not callable",  # as a pointer
+    pickle.dumps({0: np.zeros(2, "i4,O")}): "values of type V",
+    pickle.dumps({0: 1})[:-1] + b"\x85" * 6000 + b".": "more parts",  # nested
+    b"\x80\x04}r\x00\xc2\xeb\x0b.": "more parts"}.items())  # a memo of 200 million places
+def test_pickles_that_take_pointers_or_memory_are_refused(content, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("a.npy", "wb") as file:
+        head = {"descr": "|O", "fortran_order": False, "shape": ()}
+        np.lib.format.write_array_header_1_0(file, head)
+        file.write(content if isinstance(content, bytes) else pickle.dumps({0: content}))
+    with pytest.raises(InputError, match=f"a.npy: no readable CAMs .*{why}"):
+        foreign_cams("a.npy", np.array([0]))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_segments_of_every_format(data, tmp_path, capsys):
+    """Packed run lengths, plain ones and booleans give one picture; small segments lie on top."""
+    masks = np.zeros((3, *SIZE), bool)
+    masks[0, 4:8, 3:16] = masks[1, 2:10, 1:12] = masks[2, 12:, ::2] = True
+    expected = np.select(masks, [1, 2, 3])
+    [(tmp_path / kind).mkdir() for kind in ("packed", "plain", "npz")]
+    packed, plain = [], []
+    for mask in masks:
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        packed.append({"segmentation": {**rle, "counts": rle["counts"].decode()}, "area": 1})
+        ends = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=~mask[-1, -1]))
+        plain.append({"segmentation": {**rle, "counts": np.diff(ends, prepend=0).tolist()}})
+    for name in SHOWN:
+        (tmp_path / f"packed/{name}.json").write_text(json.dumps(packed))
+        (tmp_path / f"plain/{name}.json").write_text(json.dumps({"annotations": plain}))
+        np.savez(tmp_path / f"npz/{name}.npz", masks)
+    for kind in ("packed", "plain", "npz"):
+        out = tmp_path / f"{kind} converted"
+        call("foreign", "--data", data, "--segments", tmp_path / kind, "--out", out)
+        for name in SHOWN:
+            with Image.open(out / f"{name}.png") as picture:
+                assert picture.mode == "I;16" and np.array_equal(np.array(picture), expected)
+    pseudo_masks(data, tmp_path / "ours", tmp_path / "masks", "--segments", out)
+    labels = np.array(Image.open(tmp_path / "masks/a.png"))
+    assert all(len(set(labels[expected == segment])) == 1 for segment in (1, 2, 3))
+    flags = ["--cams", tmp_path / "ours", "--out", out, "--segments", tmp_path / "packed"]
+    assert "prepare/foreign.py" in error_line(
+        capsys, "make_pseudo", "--data", data, "--background-score", 0.4, *flags)
+
+
+@pytest.mark.parametrize("content, why", [
+    (None, "FileNotFound"), ("[{", "JSONDecode"), ([[60000, 60000], [3600000000]], "of size"),
+    ([SIZE, [2**62] * 4 + [252]], ""), ([SIZE, "o" * 30], ""), (MAP[None] > 0, "array of bool"),
+    (np.zeros((2, *SIZE)), "array of float64"), (MAP, "more than 512 MB")])
+def test_segments_that_do_not_fit_are_refused(content, why, data, tmp_path, capsys):
+    path = tmp_path / "ours/a.npz"
+    if isinstance(content, np.ndarray):
+        np.savez(path, content)
+    elif content:
+        runs = json.dumps([{"segmentation": dict(zip(("size", "counts"), content))}])
+        path.with_suffix(".json").write_text(content if content == "[{" else runs)
+    if "512" in why:  # so says the archive's list of contents
+        archive = path.read_bytes()
+        at = archive.rindex(b"PK\x01\x02") + 24
+        path.write_bytes(archive[:at] + (2**29 + 1).to_bytes(4, "little") + archive[at + 4:])
+    line = error_line(capsys, "foreign", "--data", data, "--segments", path.parent,
+                      "--out", tmp_path / "out")
+    assert re.search(f"a.(json|npz): no readable segments .*{why}", line)
+    assert not list(tmp_path.glob("out/*.png"))
