@@ -283,12 +283,12 @@ def tokenize(texts, context_length=77, truncate=False):
 
 # ---- Weights, images, and the words nearest to a learned prompt ----------------------------------
 
-def load_clip(name_or_path, device="cpu", cache=None):
+def load_clip(name_or_path, device="cpu"):
     """A name of MODELS (downloaded once) or a checkpoint file -> CLIP in eval mode, frozen"""
     path = Path(name_or_path)
     if name_or_path in MODELS:
         model = MODELS[name_or_path]
-        path = fetch_weights(OPENAI + model, model.split("/")[0], cache)
+        path = fetch_weights(OPENAI + model, model.split("/")[0])
     expected = f"OpenAI's CLIP with a ViT: a whole file, or one of {', '.join(MODELS)}"
     try:
         with zipfile.ZipFile(path) as archive:  # of TorchScript, as OpenAI ships it, or torch.save

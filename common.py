@@ -27,6 +27,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # of 89 million pixels
 
 
 # ---- A user's mistake ----------------------------------------------------------------------------
@@ -40,7 +41,7 @@ def run(main, args):
     try:
         main(args)
     except (InputError, OSError) as error:
-        line = str(error).strip().splitlines()[-1]  # a loading process sends its traceback along
+        line = (str(error) or repr(error)).strip().splitlines()[-1]  # after a worker's traceback
         print(f"error: {line.removeprefix('common.InputError: ')}", file=sys.stderr)
         sys.exit(2)
 
@@ -49,18 +50,16 @@ def run(main, args):
 
 def start_processes(device):
     """Join torchrun's process group, if there is one. auto, cpu or cuda -> torch.device"""
-    if device == "cuda" and not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
         raise InputError("--device cuda: torch finds no CUDA device; use --device cpu, or install "
                          "a torch that was built for CUDA")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    if cuda := cuda and device != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))
-    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else \
-        torch.device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def rank():
@@ -95,7 +94,7 @@ def my_share(items, title):
 
 
 def autocast(device, precision):
-    """Matrix products in bfloat16 or float16, all else in float32.
+    """torch.autocast: matrix products in bfloat16 or float16; weights and losses are float32.
 
     auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has no bfloat16."""
     if precision == "auto":
@@ -138,9 +137,9 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def fetch_weights(url, sha256, cache=None):
+def fetch_weights(url, sha256):
     """The file at url, whose SHA-256 begins with these digits, downloaded once -> Path"""
-    path = Path(cache or Path(torch.hub.get_dir(), "checkpoints"), url.split("/")[-1])
+    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +191,13 @@ def check_recipe(path, before, now):
                              "use the same, or delete that file to begin anew")
 
 
+def is_finished(path, recipe, resume):
+    """Whether --resume may keep a checkpoint: it is there, and was made with the same recipe"""
+    if resume and path.is_file():
+        check_recipe(path, read_checkpoint(path, "recipe", "delete it")["recipe"], recipe)
+    return resume and path.is_file()
+
+
 def check_classes(path, found, split):
     if found != split.classes:
         raise InputError(f"{path}: trained for {len(found)} classes, {', '.join(found[:4])}, ...; "
@@ -208,8 +214,7 @@ PALETTE = [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8))
 def read_image(path, upright=True):
     """A file -> PIL image, RGB. upright: turned as its EXIF orientation says"""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # 89 million pixels
+        with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
@@ -218,11 +223,11 @@ def read_image(path, upright=True):
                          "another image file; replace it") from None
 
 
-def scaled_input(photo, scale, patch, most):
+def scaled_input(photo, scale, patch, max_patches):
     """PIL photo -> (1, 3, h*patch, w*patch), ImageNet-normalised, resized to whole patches.
-    Attention takes memory by the square of the patches: a photo of more than `most` is shrunk."""
+    Attention takes memory by the square of the patches: a photo of more is shrunk."""
     W, H = photo.size
-    scale = min(scale, patch * (most / (H * W)) ** 0.5)
+    scale = min(scale, patch * (max_patches / (H * W)) ** 0.5)
     size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
     pixels = v2.functional.resize(photo, size, InterpolationMode.BICUBIC)
     pixels = v2.functional.pil_to_tensor(pixels).float() / 255
@@ -346,8 +351,8 @@ def shuffled(n, seed, epoch):
 
 def load_batches(dataset, recipe, start, device, workers):
     """DataLoader of the steps after `start`. Shuffled passes over the photos, one after the other,
-    are cut into batches, of which a process takes its part. A batch depends on seed and step
-    alone, and an item (epoch, i) too: resuming and more processes or workers change nothing."""
+    are cut into batches, of which a process takes its part. A batch depends on seed and step alone,
+    an item on seed, epoch and i: resuming and more processes or workers change nothing."""
     n, batch, seed = len(dataset), recipe["batch"], recipe["seed"]
     if batch < world():
         raise InputError(f"batch {batch} for {world()} processes; expected an image for each")
@@ -360,8 +365,8 @@ def load_batches(dataset, recipe, start, device, workers):
 
 
 def share_of_all(n, device):
-    """n over its mean of all processes: makes DistributedDataParallel's mean one over all n.
-    It stays on the device, which nothing waits for."""
+    """n over its mean of all processes. DistributedDataParallel averages gradients over processes;
+    times this, they are those of a mean over all n. It stays on the device: nothing waits for it"""
     if world() == 1:
         return 1
     total = sum_over_processes(torch.full((), float(n), device=device))
@@ -369,8 +374,8 @@ def share_of_all(n, device):
 
 
 class Journal:
-    """What a training run writes about sixty times: OUT/PHASE.part, from which --resume goes on
-    exactly, and OUT/PHASE.jsonl, its log. step: the last one done."""
+    """What a training run writes every steps // 60 steps: OUT/PHASE.part, from which --resume goes
+    on exactly, and OUT/PHASE.jsonl, its log. step: the last one done."""
 
     def __init__(self, path, recipe, model, optimizer, scaler, names, resume):
         self.part, self.log = path.with_suffix(".part"), path.with_suffix(".jsonl")

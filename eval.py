@@ -5,7 +5,7 @@
   mIoU  = mean of IoU_c over those of the K classes and background that occur, in percent
 
 Counts are summed over the whole list before dividing, as the VOC server does. A predicted 255
-counts as background. The only stage that opens a true mask: ROOT/masks/NAME.png (docs/data.md).
+counts as background. No other stage opens ROOT/masks/NAME.png on its own (docs/data.md).
 Prints a table; writes a JSON and the predicted PNGs where asked.
 
   python eval.py --data runs/toy/data --split train --cams runs/toy/cam/cams
@@ -68,14 +68,14 @@ def iou(matrix):
 
 # ---- Prediction ---------------------------------------------------------------------------------
 
-def slide(model, x, window, stride, most=8):
+def slide(model, x, window, stride, batch=8):
     """x (B, 3, H, W) -> scores (B, C, H, W), means over windows `stride` pixels apart, the last at
     the border; `most` windows of the B images at a time"""
     B, _, H, W = x.shape
     h, w = min(window, H), min(window, W)
     places = list(product([*range(0, H - h, stride), H - h], [*range(0, W - w, stride), W - w]))
     windows = torch.cat([x[:, :, top:top + h, left:left + w] for top, left in places])
-    scores = torch.cat([model(part) for part in windows.split(most)])
+    scores = torch.cat([model(part) for part in windows.split(batch)])
     scores = scores.unflatten(0, (len(places), B))                       # (places, B, C, h, w)
     total, seen = scores.new_zeros(B, scores.shape[2], H, W), scores.new_zeros(H, W)
     for part, (top, left) in zip(scores, places):
@@ -92,8 +92,8 @@ def predict(model, photo, recipe, flip, device):
     # As in Segmenter, no side is shorter than a window: of 520, scales 0.5 and 0.75 are both 480
     sides = [max(scale * recipe["side"], window or 0) for scale in recipe["test_scales"]]
     for side, times in Counter(sides).items():
-        most = 8192 if window else 2048
-        x = scaled_input(photo, side / short, model.trunk.patch, most).to(device)
+        patches = 8192 if window else 2048  # at most
+        x = scaled_input(photo, side / short, model.trunk.patch, patches).to(device)
         x = torch.cat([x, x.flip(3)]) if flip else x                     # (2 or 1, 3, h, w)
         with autocast(device, "auto"):
             scores = slide(model, x, window, recipe["test_stride"]) if window else model(x)

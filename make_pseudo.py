@@ -59,12 +59,16 @@ PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weig
 
 # ---- CAMs -> pseudo mask ------------------------------------------------------------------------
 
+def with_background(cams, background_score):
+    """(background score, M_1, .., M_n): cams (n, H, W) -> (1 + n, H, W)"""
+    return torch.cat([cams.new_full((1, *cams.shape[1:]), background_score), cams])
+
+
 def score_labels(cams, present, background_score):
     """x_i = argmax (background score, M_1(i), .., M_n(i)) [eq. P1]: cams (n, H, W), classes present
     (n,) -> labels uint8 (H, W), 0 or 1 + class"""
-    background = cams.new_full((1, *cams.shape[1:]), background_score)
-    scores = torch.cat([background, cams])                                       # (1 + n, H, W)
-    return np.array([0, *(1 + present)], np.uint8)[scores.argmax(0).numpy()]
+    winner = with_background(cams, background_score).argmax(0)                   # (H, W)
+    return np.array([0, *(1 + present)], np.uint8)[winner.numpy()]
 
 
 def average_in_segments(cams, segments):
@@ -80,10 +84,12 @@ def pseudo_mask(photo, cams, present, background_score, preset, device):
     """photo uint8 (H, W, 3), cams (n, H, W) -> labels uint8 (H, W), after the preset's dense CRF"""
     if PRESETS[preset] is None or len(present) == 0:
         return score_labels(cams, present, background_score)
-    unary, gaussian, bilateral = PRESETS[preset].values()
-    scores = torch.cat([torch.full_like(cams[:1], background_score), cams])      # (1 + n, H, W)
-    prob = hard_unary(scores.argmax(0), len(scores)) if unary == "hard" else scores / scores.sum(0)
-    Q = dense_crf(torch.from_numpy(photo), prob.to(device), gaussian, bilateral)  # (1 + n, H, W)
+    scores, kernels = with_background(cams, background_score), PRESETS[preset]   # (1 + n, H, W)
+    prob = scores / scores.sum(0)
+    if kernels["unary"] == "hard":
+        prob = hard_unary(scores.argmax(0), len(scores))
+    Q = dense_crf(torch.from_numpy(photo), prob.to(device), kernels["gaussian"],
+                  kernels["bilateral"])                                          # (1 + n, H, W)
     return np.array([0, *(1 + present)], np.uint8)[Q.argmax(0).cpu().numpy()]
 
 
@@ -348,7 +354,7 @@ def parse_args(argv=None):
     add("--segments", metavar="DIR", help="class-agnostic segments, each of which takes one "
         "label: NAME.png, of prepare/foreign.py --segments")
     add("--crf", choices=list(PRESETS), default="voc", help="dense CRF: voc (WeakTr, SemPLeS), "
-        "irn (IRNet, COCO), prob (CLIP-ES), or none")
+        "irn (IRNet, COCO), prob (CLIP-ES), voc-test (segmentations), or none")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args(argv)
 
@@ -358,10 +364,9 @@ def main(args):
     split = Split(args.data, args.split)
     score, how = background_score(args.background_score, args.cams)
     if rank() == 0:
-        note = Path(args.cams) / "made_of.json"
-        origin = {"cams": digest(note) if note.is_file() else str(Path(args.cams).resolve()),
-                  "score": score, "crf": args.crf, "photos": split.digest,
-                  "segments": args.segments and str(Path(args.segments).resolve())}
+        origin = {folder: digest(note) if (note := Path(folder) / "made_of.json").is_file() else ""
+                  for folder in (args.cams, args.segments) if folder}
+        origin |= {"score": score, "crf": args.crf, "photos": split.digest}
         clear_unless_made_of(origin, args.out, [f"{name}.png" for name in split.names])
         print(f"background score {score} ({how}), CRF {args.crf}, {len(split.names)} images of "
               f"{args.split}")

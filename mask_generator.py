@@ -3,14 +3,15 @@
 The paper takes S from WeakTr: a ViT (DeiT) with one class token per class, and three quantities:
 
   coarse = conv3x3(patch tokens)                                      coarse CAM           [eq. W1]
-  A      = mean_m w_m A_m,  w = sigmoid(MLP(features of the heads))   attention fusion     [eq. W2]
+  A      = mean_m w_m A_m,  w = sigmoid(MLP(features))                attention fusion     [eq. W2]
   fine   = A_p2p (A_c2p * relu(coarse))                               fine CAM             [eq. W3]
 
-A_m are the attention maps of all L * A heads of attention; A_c2p the rows from class tokens to
+A_m is the map of attention head m, of all layers; A_c2p are the rows of A from class tokens to
 patches, A_p2p those from patches to patches. The classification phase trains three image-level
 predictions: class tokens, pooled coarse, pooled fine; the last one trains the fusion alone. Class
 and patch tokens are read before the trunk's last norm. fine is the CAM, never negative;
-train_cam.region_masks scales it to the mask in [0, 1] that CLIP sees. As in WeakTr, except:
+train_cam.region_masks scales it to the mask in [0, 1] that CLIP sees. As in WeakTr (but see
+docs/differences.md for the features), except:
   [detail 1] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned
              nothing to attend to.
   [detail 2] Where relu leaves nothing of a map, the gradient that would raise it still passes.
@@ -98,7 +99,8 @@ class MaskGenerator(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """A = mean_m w_m A_m,  w = sigmoid(MLP(features of the heads)), one for each image  [eq. W2]"""
+    """A = mean_m w_m A_m,  w = sigmoid(MLP(features)), one for each image  [eq. W2]. A head's
+    features are 64 channels of what its block writes; `pool` is linear twice, as in WeakTr."""
 
     def __init__(self, num_maps, reduction=8):
         super().__init__()
@@ -174,7 +176,7 @@ class Block(nn.Module):
         return stochastic_depth(y, self.drop_path, "row", self.training)
 
     def forward(self, x, with_maps=False):
-        """x (B, T, D) -> (B, T, D), the maps (B, A, T, T), the heads' features (B, T, A, 64)"""
+        """x (B, T, D) -> (B, T, D), the maps (B, A, T, T), what attention wrote (B, T, A, 64)"""
         y, maps = self.attn(self.norm1(x), with_maps)
         x = x + self.drop(y)
         x = x + self.drop(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))

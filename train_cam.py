@@ -17,11 +17,12 @@ refine     classify.pt, prompts.pt           head and attention fusion *     L_t
 export     refine.pt, prompts.pt             nothing: writes CAMs and a background score
 * of the ViT; all of a CNN (--generator resnet), its trunk at a lower rate
 
-Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a mask. Writes
-OUT/PHASE.pt, OUT/PHASE.jsonl (the log), OUT/prompts.txt, OUT/cams/NAME.npy and background.json.
+Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a mask. A training phase
+writes OUT/PHASE.pt (weights, recipe) and OUT/PHASE.jsonl (the log); prompts also OUT/prompts.txt;
+export OUT/cams/NAME.npy, background.json, and made_of.json, by which --resume knows them.
 
-  python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt \
-      --vit runs/toy/vit.pth --out runs/toy/cam
+  python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt
+                      --vit runs/toy/vit.pth --out runs/toy/cam
   python train_cam.py --data data/VOCdevkit/VOC2012 --split train_aug --out runs/voc   # one GPU
   torchrun --nproc-per-node 4 train_cam.py ... the same ...
 """
@@ -45,9 +46,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from clip_model import CLIP, CLIP_MEAN, CLIP_STD, load_clip, nearest_words, read_nouns, tokenize
 from common import (
-    autocast, check_classes, check_recipe, clear_unless_made_of, digest, end_processes,
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, load_batches, load_weights, mixed_seed,
-    my_share, rank, read_checkpoint, run, scaled_input, share_of_all, Split, start_processes,
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_classes,
+    clear_unless_made_of, digest, end_processes, is_finished, load_batches, load_weights,
+    mixed_seed, my_share, rank, read_checkpoint, run, scaled_input, share_of_all, start_processes,
     wait_for_all, world, writing)
 from mask_generator import CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit
 
@@ -87,16 +88,18 @@ TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82
     ("match refine", "eps"):         (0.1,        0.1,           0.1),
     ("match refine", "trunk_lr"):    (0.1,        0.1,           0.02),   # of a CNN
     ("match prompts refine", "weight_decay"): (0.03, 0.03,       0.03),
-    ("all", "epochs"):               (60,         60,            None),   # see cosine_rate
-    ("all", "crop"):                 (224,        224,           64),     # side in pixels
-    ("all", "min_area"):             (0.08,       0.08,          0.4),    # least share of the photo
-    ("all", "augment"):              (True,       True,          False),  # RandAugment, erasing
-    ("all", "drop_path"):            (0.1,        0.1,           0),      # both not in prompts
+    ("training", "epochs"):          (60,         60,            None),   # see cosine_rate
+    ("training", "crop"):            (224,        224,           64),     # side in pixels
+    ("training", "min_area"):        (0.08,       0.08,          0.4),    # least share of the photo
+    ("training", "augment"):         (True,       True,          False),  # not in prompts
+    ("training", "drop_path"):       (0.1,        0.1,           0),      # not in prompts
     ("export", "scales"):            ((1, 1.2),   (1, 0.8, 1.2), (1, 1.2)),
     ("export", "scores"):            (SCORES,     SCORES,        SCORES),  # background scores tried
-    ("export", "images"):            (200,        200,           200),    # on up to so many photos
+    ("export", "images"):            (200,        200,           200),    # photos used for that
 }
 RECIPES = ("voc", "coco", "toy")
+WORDS = {"repel": ("text", "text-log", "image"), "pool": ("max", "mean")}
+COUNTS = ("steps", "batch", "length", "reduction", "crop", "images")
 
 
 # ---- Losses: features (N, E) -> a scalar, 0 without any pair -------------------------------------
@@ -138,7 +141,7 @@ def prompt_loss(v_b, u_b, u_f, lambda_t, repel="text", v_f=None):
 
 
 def refine_loss(v_f, u_b):
-    """L_refine = mean -log(1 - c(sim(v^f, u^b)))                                        [eq. 3]
+    """L_refine = mean -log(1 - c(sim(v^f, u^b))), the second part of L_total            [eq. 3]
     The kept region does not match the background prompt of its class."""
     return pair_mean(-(1 - c(cosine(v_f, u_b))).log())
 
@@ -283,7 +286,7 @@ def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
 
 def refinement(stage):
     """As matching, and the kept region must not match the background prompts: L_total [eq. 3].
-    It starts from classify.pt again, as published: match.pt has settled on masks that leak."""
+    As published it starts from classify.pt, not from match.pt, whose masks leak already."""
     generator = load_generator(stage, stage.out / "classify.pt").train_through_clip()
     u_b = load_prompts(stage)                                           # (K, E), frozen
     train(stage, generator, refine_step, clip=stage.clip, u_f=stage.u_f, u_b=u_b)
@@ -295,8 +298,8 @@ def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
     v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])    # (N, E) twice, (N,)
     L_match = match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])
     L_refine = refine_loss(v_f, u_b[k])
-    return {"loss": L_match + recipe["lambda_r"] * L_refine, "match": L_match,
-            "refine": L_refine}, len(k)
+    L_total = L_match + recipe["lambda_r"] * L_refine                   # [eq. 3]
+    return {"loss": L_total, "match": L_match, "refine": L_refine}, len(k)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -308,8 +311,8 @@ def train(stage, model, step_loss, **frozen):
     for name, p in model.named_parameters():
         if p.requires_grad:
             (trunk if name.startswith("trunk.") else rest).append(p)
-    optimizer = torch.optim.AdamW([{"params": trunk, "peak": recipe.get("trunk_lr", 1)},
-                                   {"params": rest, "peak": 1}],
+    optimizer = torch.optim.AdamW([{"params": trunk, "share": recipe.get("trunk_lr", 1)},
+                                   {"params": rest, "share": 1}],
                                   weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
     mixed = autocast(device, args.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
@@ -322,7 +325,7 @@ def train(stage, model, step_loss, **frozen):
     for step, (image, labels, i) in enumerate(batches, journal.step + 1):
         torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of drop path; after loading
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine_rate(step - 1, recipe)
+            group["lr"] = group["share"] * cosine_rate(step - 1, recipe)
         with mixed:
             values, n = step_loss(parallel, image.to(device, non_blocking=True), labels, recipe,
                                   **frozen)
@@ -334,8 +337,9 @@ def train(stage, model, step_loss, **frozen):
 
 
 def cosine_rate(step, recipe):
-    """The rate of a step: up from first_lr in the warm-up, then on half a cosine, from lr at step 0
-    to last_lr at the end. With epochs it changes once an epoch, an epoch late (timm in DeiT)."""
+    """The rate of a step: up from first_lr in the warm-up, then on half a cosine to last_lr. The
+    cosine is counted from step 0, not from the end of the warm-up. With epochs the rate changes
+    once an epoch, an epoch late (timm's schedule in DeiT's loop)."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
     if epochs := recipe["epochs"]:
         step = max(0, step * epochs // steps - 1) * steps / epochs
@@ -418,7 +422,7 @@ def photo_cams(generator, photo, present, scales):
     W, H = photo.size
     quarter, total = (-(-H // 4), -(-W // 4)), 0
     for scale in scales:
-        x = scaled_input(photo, scale, generator.trunk.patch, most=2500).to(present.device)
+        x = scaled_input(photo, scale, generator.trunk.patch, 2500).to(present.device)
         cam, mirrored = (generator(view)[0][:, present] for view in (x, x.flip(3)))
         for view in (cam, mirrored.flip(3)):                            # (1, n, h, w)
             total = total + F.interpolate(view.transpose(0, 1), size=quarter, mode="bilinear")
@@ -460,12 +464,12 @@ def background_losses(stage, folder, u_b):
 
 
 def choose_score(losses, scores):
-    """Losses (pairs, scores) -> the background score, and the least and greatest score that are not
-    told from the best: by less than two standard errors of the mean difference over the pairs.
+    """Losses (pairs, scores) -> the background score, and the least and greatest of the scores
+    whose mean loss exceeds the least one by at most two standard errors of the difference.
 
     The mean loss is flat around its minimum, so which score has the least is chance. The flanks of
-    the valley are steep, so chance hardly moves them: the score is the middle between them, at a
-    quarter of the valley's height."""
+    the valley are steep, so chance hardly moves them: the score is the middle between them, where
+    the curve has risen by a quarter of its range."""
     mean = losses.mean(dim=0)                                                    # (scores,)
     difference = losses - losses[:, mean.argmin(), None]
     error = difference.std(dim=0, correction=0) / len(losses) ** 0.5
@@ -567,7 +571,7 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="DIR", help="for checkpoints, logs and CAMs")
     add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the "
-        "recipe's, for the phases that run that have them: --set lambda_r=0.2 length=4")
+        "recipe's, in all phases that run and have the key: --set lambda_r=0.2 length=4")
     add("--steps", type=int, metavar="N", help="short for --set steps=N")
     add("--batch", type=int, metavar="N", help="short for --set batch=N: images per step, over "
         "all processes; the rates stay")
@@ -595,22 +599,33 @@ def recipe_of(name, phase, changes):
     """The recipe of a phase {key: value}, with those changes that it has a key for"""
     column = RECIPES.index(name)
     recipe = {key: row[column] for (phases, key), row in TABLE.items()
-              if phase in phases or phases == "all" and phase != "export"}
+              if phase in phases.split() or phases == "training" and phase != "export"}
     return recipe | {key: value for key, value in changes.items() if key in recipe}
 
 
 def parse_changes(args, phases):
-    """--set, --steps, --batch -> {key: value}"""
-    changes = {key: value for key in ("steps", "batch") if (value := getattr(args, key))}
-    keys = {key for phase in phases for key in recipe_of(args.recipe, phase, {})}
-    for word in args.set:
-        key, _, value = word.partition("=")
-        if key not in keys:
-            raise InputError(f"--set {word}: expected KEY=VALUE, KEY of {', '.join(sorted(keys))}")
+    """--set, --steps, --batch -> {key: value}, of the kind that the recipes have"""
+    recipe = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
+    short = [f"{key}={value}" for key in ("steps", "batch")  # the export has neither
+             if key in recipe and (value := getattr(args, key)) is not None]
+    changes = {}
+    for word in [*short, *args.set]:
+        key, _, text = word.partition("=")
         try:
-            changes[key] = ast.literal_eval(value)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            changes[key] = value  # a word, as in pool=mean
+            value = text  # a word, as in pool=mean
+        if key not in recipe:
+            keys = ", ".join(sorted(recipe))
+            raise InputError(f"--set {word}: expected KEY=VALUE, KEY one of {keys}")
+        good = (value in WORDS[key] if key in WORDS else
+                isinstance(value, int) and value > 0 if key in COUNTS else
+                isinstance(value, tuple if isinstance(recipe[key], tuple) else (int, float))
+                or value is recipe[key])
+        if not good:
+            expected = WORDS.get(key, f"a value like {recipe[key]}")
+            raise InputError(f"--set {word}: expected {expected}")
+        changes[key] = value
     return changes
 
 
@@ -636,13 +651,9 @@ def main(args):
             recipe[args.generator] = Path(getattr(args, args.generator)).name
         elif clip:
             recipe["clip"] = clip_digest(clip)
-        checkpoint = out / f"{phase}.pt"
-        if args.resume and checkpoint.is_file():
-            before = read_checkpoint(checkpoint, "recipe", f"delete it to run {phase} again")
-            check_recipe(checkpoint, before["recipe"], recipe)
-            continue
-        torch.manual_seed(args.seed)
-        PHASES[phase](Stage(phase, recipe, split, out, device, args, clip, u_f))
+        if not is_finished(out / f"{phase}.pt", recipe, args.resume):
+            torch.manual_seed(args.seed)
+            PHASES[phase](Stage(phase, recipe, split, out, device, args, clip, u_f))
     end_processes()
 
 

@@ -16,8 +16,8 @@ Reads ROOT/classes.txt, ROOT/SPLIT.csv, photos, and label PNGs of any origin (0 
 classes, 255 ignore); --labels ROOT/masks gives the fully supervised upper bound. Writes OUT/seg.pt
 and OUT/seg.jsonl (the log).
 
-  python train_seg.py --data runs/toy/data --recipe toy --labels runs/toy/masks \\
-      --vit runs/toy/vit.pth --out runs/toy/seg
+  python train_seg.py --data runs/toy/data --recipe toy --labels runs/toy/masks
+                      --vit runs/toy/vit.pth --out runs/toy/seg
   torchrun --nproc-per-node 4 train_seg.py ... the same ...
 """
 import argparse
@@ -33,7 +33,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_recipe, end_processes,
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, end_processes, is_finished,
     load_batches, load_weights, mixed_seed, rank, read_checkpoint, read_labels, run, share_of_all,
     start_processes, sum_over_processes, world, writing)
 from mask_generator import Block, Linear, ViT, load_vit
@@ -128,8 +128,8 @@ def segmentation_step(model, image, labels, recipe):
 def train(out, model, photos, recipe, args, device):
     """Minimise the segmentation loss; of mixed precision and logs see common.py."""
     decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
-    groups = [{"params": list(model.trunk.parameters()), "peak": recipe["lr"] * recipe["trunk_lr"]},
-              {"params": decoder, "peak": recipe["lr"]}]
+    groups = [{"params": list(model.trunk.parameters()), "share": recipe["trunk_lr"]},
+              {"params": decoder, "share": 1}]
     if recipe["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, recipe["lr"], 0.9, nesterov=True,
                                     weight_decay=recipe["weight_decay"])
@@ -144,10 +144,8 @@ def train(out, model, photos, recipe, args, device):
     parallel.train()
     for step, (image, labels, i) in enumerate(batches, journal.step + 1):
         torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of dropout; after loading
-        floor = recipe["last_lr"] / recipe["lr"]
-        share = floor + (1 - floor) * (1 - (step - 1) / recipe["steps"]) ** 0.9  # from 1 to floor
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+            group["lr"] = group["share"] * poly_rate(step - 1, recipe)
         with mixed:
             values, n = segmentation_step(parallel, image.to(device, non_blocking=True), labels,
                                           recipe)
@@ -156,6 +154,12 @@ def train(out, model, photos, recipe, args, device):
         scaler.step(optimizer)
         scaler.update()
         journal.write(step, i, values, n)
+
+
+def poly_rate(step, recipe):
+    """The decoder's rate at a step: from lr down to last_lr, by a power of 0.9"""
+    lr, last = recipe["lr"], recipe["last_lr"]
+    return last + (lr - last) * (1 - step / recipe["steps"]) ** 0.9
 
 
 class Labelled(Dataset):
@@ -178,7 +182,7 @@ class Labelled(Dataset):
 
     def __getitem__(self, place):
         epoch, i = place
-        name, side = self.split.names[i], self.recipe["crop"]
+        name, crop = self.split.names[i], self.recipe["crop"]
         photo = v2.functional.pil_to_tensor(self.split.image(name))              # (3, H, W) uint8
         H, W = photo.shape[1:]
         labels = read_labels(self.folder / f"{name}.png", (H, W), len(self.split.classes) + 1)
@@ -190,10 +194,10 @@ class Labelled(Dataset):
             photo = v2.functional.resize(photo, size, InterpolationMode.BICUBIC)
             labels = v2.functional.resize(torch.from_numpy(labels)[None], size,
                                           InterpolationMode.NEAREST_EXACT)
-            top, left = (int(torch.randint(max(0, full - side) + 1, ())) for full in size)
-            photo, labels = (x[:, top:top + side, left:left + side] for x in (photo, labels))
+            top, left = (int(torch.randint(max(0, full - crop) + 1, ())) for full in size)
+            photo, labels = (x[:, top:top + crop, left:left + crop] for x in (photo, labels))
             photo, labels = self.augment(tv_tensors.Image(photo), tv_tensors.Mask(labels))
-        around = (0, side - photo.shape[2], 0, side - photo.shape[1])
+        around = (0, crop - photo.shape[2], 0, crop - photo.shape[1])
         photo, labels = photo.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
         return F.pad(photo, around), F.pad(labels, around, value=255)[0].long(), i
 
@@ -234,13 +238,13 @@ def main(args):
     device = start_processes(args.device)
     split, out = Split(args.data, args.split), Path(args.out)
     recipe = {key: row[RECIPES.index(args.recipe)] for key, row in TABLE.items()}
-    recipe |= {key: value for key in ("steps", "batch") if (value := getattr(args, key))}
+    recipe |= {key: x for key in ("steps", "batch") if (x := getattr(args, key)) is not None}
+    if min(recipe["steps"], recipe["batch"]) < 1:
+        raise InputError("--steps, --batch: expected whole numbers above 0")
     recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest,
                "labels": "/".join(Path(args.labels).resolve().parts[-2:])}
     checkpoint = out / "seg.pt"
-    if args.resume and checkpoint.is_file():
-        before = read_checkpoint(checkpoint, "recipe", "delete it to train again")["recipe"]
-        check_recipe(checkpoint, before, recipe)
+    if is_finished(checkpoint, recipe, args.resume):
         return end_processes()
     photos = Labelled(split, args.labels, recipe)
     torch.manual_seed(args.seed)

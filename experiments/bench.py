@@ -310,7 +310,7 @@ def export(m):
         return train_cam.photo_cams(m.generator, m.photo, present, (1, 1.2))
     total = 0
     for scale in (1, 1.2):
-        x = scaled_input(m.photo, scale, 16, most=2500).to(m.device)
+        x = scaled_input(m.photo, scale, 16, 2500).to(m.device)
         for view in (x, x.flip(3)):
             cam, _ = m.generator(view)
             total = total + F.interpolate(cam, size=m.photo.size[::-1], mode="bilinear")

@@ -81,7 +81,7 @@ def view(r, name):
 def forward(r, phase, name):
     """CAM (1, K, h, w) and logits of a whole photo"""
     generator = r.generators[phase]
-    return generator(scaled_input(r.split.image(name), 1, generator.trunk.patch, most=2500))
+    return generator(scaled_input(r.split.image(name), 1, generator.trunk.patch, 2500))
 
 
 def mask_of(r, phase, name, k):

@@ -24,7 +24,7 @@ PHASES = ["classify", "match", "prompts", "refine"]  # those that train
 
 
 def run_script(*command):
-    """A command line in a Python of its own -> stdout; fails with its stderr."""
+    """A command line in a Python of its own; fails with its stderr."""
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
                           cwd=ROOT, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stderr}"

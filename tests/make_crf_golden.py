@@ -22,11 +22,9 @@ PRESETS = {"voc": ("hard", 4, 3, 83, 5, 3), "irn": ("hard", 3, 3, 50, 5, 10),
 def inference(image, prob, unary, sxy_g, w_g, sxy_b, srgb, w_b):
     C, H, W = prob.shape
     crf = DenseCRF2D(W, H, C)
-    if unary == "hard":
-        labels = prob.argmax(0)
-        crf.setUnaryEnergy(unary_from_labels(labels, C, gt_prob=0.7, zero_unsure=False))
-    else:
-        crf.setUnaryEnergy(np.ascontiguousarray(unary_from_softmax(prob)))
+    energy = (unary_from_labels(prob.argmax(0), C, gt_prob=0.7, zero_unsure=False)
+              if unary == "hard" else unary_from_softmax(prob))
+    crf.setUnaryEnergy(np.ascontiguousarray(energy))
     crf.addPairwiseGaussian(sxy=sxy_g, compat=w_g)
     crf.addPairwiseBilateral(sxy=sxy_b, srgb=srgb, rgbim=np.ascontiguousarray(image), compat=w_b)
     return np.array(crf.inference(10)).reshape(C, H, W)

@@ -23,7 +23,7 @@ KINDS = {  # kind: (the file, script and flags)
     "csv": ("data/few.csv", PHASE + "classify"),
     "classes": ("data/classes.txt", PHASE + "classify"),
     "label": (f"masks/{NAME}.png", EVAL + "--pred {w}/masks"),
-    "segments": (f"segments/{NAME}.png", PSEUDO + " --segments {w}/segments"),
+    "segments": (f"segments/{NAME}.png", f"{PSEUDO} --segments {{w}}/segments"),
     "cam": (f"cam/cams/{NAME}.npy", PSEUDO),
     "score": ("cam/cams/background.json", PSEUDO),
     "part": ("cam/match.part", PHASE + "match --resume"),
@@ -36,7 +36,7 @@ KINDS = {  # kind: (the file, script and flags)
     "DeiT": ("vit.pth", PHASE + "classify"),
     "ResNet": ("resnet.pth", PHASE + "classify --generator resnet"),
 }
-CHECKPOINTS = ["part", "classify", "match", "prompts", "refine", "seg", "CLIP", "DeiT", "ResNet"]
+CHECKPOINTS = list(KINDS)[7:]
 
 
 class Executed:
@@ -55,22 +55,19 @@ def replaced(data):
     return lambda path: path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def flipped(seed, first=None):
+def flipped(path, first=None):
     """Other values for eight bytes, among the first ones or all"""
-    def damage(path):
-        rng, data = random.Random(seed), bytearray(path.read_bytes())
-        for _ in range(8):
-            data[rng.randrange(min(len(data), first or len(data)))] = rng.randrange(256)
-        path.write_bytes(data)
-    return damage
+    rng, data = random.Random(50), bytearray(path.read_bytes())
+    for _ in range(8):
+        data[rng.randrange(min(len(data), first or len(data)))] = rng.randrange(256)
+    path.write_bytes(data)
 
 
 def png(width, height):
-    """A grey PNG whose header says so"""
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return replaced(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b""))
+    """A grey PNG whose header says so, and no more"""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return replaced(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+                    + struct.pack(">I", zlib.crc32(header)) + bytes(4) + b"IDAT")
 
 
 def picture(mode, value=0, size=(64, 64)):
@@ -83,8 +80,8 @@ def array(value):
 
 def header(shape):
     """An .npy that says it has this shape"""
-    said = repr({"descr": "<f2", "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
-    return replaced(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(said)) + said)
+    said = repr({"descr": "<f2", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    return replaced(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(said)) + said.encode())
 
 
 def changed(change):
@@ -106,7 +103,7 @@ def first_tensor(value):
 
 ANY = {
     "empty": replaced(""), "cut": lambda path: path.write_bytes(path.read_bytes()[:-99]),
-    "bytes flipped": flipped(3),
+    "bytes flipped": flipped,
     "text": replaced("hello\nworld\n"),
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Executed(path.parent))),
 }
@@ -124,7 +121,7 @@ OWN = {
     "cam": {"10^12 values": header((10**6, 10**6)), "10^30 values": header((10**30,)),
             "objects": array(np.array([{}])), "NaN": array(np.full((1, 16, 16), np.nan)),
             "another shape": array(np.zeros((5, 16, 16))), "no rows": array(np.zeros((1, 16, 0))),
-            "header flipped": flipped(50, 64)},
+            "header flipped": lambda path: flipped(path, 64)},
     "score": {"2": replaced('{"background_score": 2}'), "a list": replaced("[1]"),
               "NaN": replaced('{"background_score": NaN}'), "nested deep": replaced("[" * 10**5)},
     **{kind: {"a list": changed(lambda state: [1]),

@@ -1,9 +1,12 @@
 """clip_model.py against clip-anytorch, a copy of OpenAI's code on PyPI.
 
-Nothing is downloaded: weights are random, at the real size of ViT-B/32 and at the toy world's. Biases
-and gains are random too: a bias of zero or a gain of one would hide a mistake.
+Nothing is downloaded: weights are random, at the real size of ViT-B/32 and at the toy world's,
+biases and gains too: a bias of zero or a gain of one would hide a mistake.
 """
+import hashlib
+import http.server
 import random
+import threading
 import warnings
 from functools import partial
 
@@ -15,7 +18,8 @@ from conftest import call, error, moved
 from PIL import Image
 
 import clip_model
-from clip_model import load_clip, nearest_words, preprocess, read_nouns, tokenize
+from clip_model import load_clip, nearest_words, preprocess, read_nouns, tokenize, tokenizer
+from common import InputError, fetch_weights
 
 # As the reference orders them: embed_dim, resolution, layers, width, patch, context, vocabulary,
 # text width, heads, text layers
@@ -54,8 +58,6 @@ def images(clip, n):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, 3, clip.resolution, clip.resolution, generator=generator)
 
-
-# ---- Equivalence ---------------------------------------------------------------------------------
 
 def after_every_block(model, tower, encode, x):
     """The output of every residual block of a tower while it encodes x, and the features"""
@@ -115,13 +117,11 @@ def test_gradient_of_pixels_and_of_prompts(pair, length):
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
 
 
-# ---- Tokenizer -----------------------------------------------------------------------------------
-
 PIECES = [
     "cat", "Dog", "naïve café", "e\u0301toile", "ﬁne", "Ⅷ", "x²", "3.14", "don't", "WE'RE", "it’s",
     "'ſ", "\u212aelvin", "İstanbul", "ΟΔΥΣΣΕΥΣ", "привет", "مرحبا", "नमस्ते", "你好世界", "한국어", "🙂",
     "👩\u200d👩\u200d👧", "❤\ufe0f", "\ufeff", "\x00", "\x85", "&amp;amp;", "&lt;b&gt;", "&#133;",
-    "schÃ¶n", "“curly”", "…", "!!!", "a_b", "http://x.org/?q=1", "\U0010ffff", "\u00a0", "\r\n", "   ",
+    "schÃ¶n", "“curly”", "…", "!!!", "a_b", "http://x.org/?q=1", "\U0010ffff", "\u00a0", "\r\n",
     "<|startoftext|>", "<|ENDOFTEXT|>", "<|end|>", "</w>", "Ġ", "ab" * 40, "9" * 60]
 
 
@@ -135,8 +135,6 @@ def test_the_ids_of_the_reference():
     wrong = (ours != theirs).any(dim=1).nonzero().flatten().tolist()
     assert not wrong, [texts[i] for i in wrong[:5]]
 
-
-# ---- Weights, images, words ----------------------------------------------------------------------
 
 def test_preprocess():
     from clip.clip import _transform
@@ -186,3 +184,49 @@ def test_an_archive_of_openai(tmp_path):
         torch.jit.trace(model, example, check_trace=False).half().save(tmp_path / "archive.pt")
         found = load_clip(tmp_path / "archive.pt").state_dict()
     assert not moved(expected, found)
+
+
+@torch.no_grad()
+def test_real_words_as_prompts(pair):
+    """Vectors of words give what the words give [detail L1]"""
+    clip, theirs, _ = pair
+    words = [word for word in read_nouns() if len(tokenizer().encode(word)) == 1]
+    for length in (1, 2, 29, 30, 71):
+        tokens = tokenize(["a photo of " + " ".join(words[i:i + length]) + "." for i in (0, 71)])
+        u = clip.encode_prompts(clip.token_embedding(tokens[:, 4:4 + length]))
+        assert error(u, clip.encode_text(tokens)) < TOLERANCE
+        assert error(u, theirs.encode_text(tokens)) < TOLERANCE
+    for length in (0, 72):
+        with pytest.raises(InputError, match="1 to 71"):
+            clip.encode_prompts(torch.zeros(2, length, clip.text_width))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_gpu_equals_cpu(pair):
+    clip = load_clip(pair[2], "cuda")
+    for encode, batch in [("encode_image", images(clip, 2)), ("encode_text", tokenize(TEXTS))]:
+        ours = getattr(clip, encode)(batch.cuda()).cpu()
+        assert error(ours, getattr(pair[0], encode)(batch)) < 1e-4
+
+
+def test_downloads(tmp_path, monkeypatch):
+    """Once, by a SHA-256; nothing is left of one that fails."""
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.func.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    here, place = f"http://127.0.0.1:{server.server_port}/", tmp_path / "hub/checkpoints"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    digest = hashlib.sha256(b"weights").hexdigest()
+    for url, expected in [(here + "w.pt", "0" * 64), (here + "v.pt", digest),
+                          ("http://127.0.0.1:9/u.pt", digest)]:  # nobody listens there
+        with pytest.raises(InputError, match=f"^cannot download {url} .*save it as {place}"):
+            fetch_weights(url, expected)
+        assert not list(place.iterdir())
+    path = fetch_weights(here + "w.pt", digest[:8])
+    server.shutdown()
+    server.server_close()
+    assert path == place / "w.pt" == fetch_weights(here + "w.pt", digest[:8])

@@ -1,14 +1,12 @@
-"""The data layout as people write it; photos, label pictures and files; batches and views."""
+"""The data layout as people write it; label pictures and files; batches."""
 import numpy as np
 import pytest
-import torch
 from conftest import CPU, check_label_png, error_line, files_in
 from PIL import Image
 
 import common
 from common import (
-    PALETTE, InputError, Split, load_batches, read_image, read_labels, write_labels, writing)
-from train_cam import Crops, recipe_of
+    PALETTE, InputError, Split, load_batches, read_labels, write_labels, writing)
 
 TABLE = "images/a.jpg,cat\nimages/b.JPG,cat;dog\nimages/c.PNG,\n"
 
@@ -25,14 +23,13 @@ def photos(root, table=TABLE, classes="cat\ndog: a puppy\n", files=("a.jpg", "b.
     return root
 
 
-# ---- ROOT/SPLIT.csv and ROOT/classes.txt ---------------------------------------------------------
-
 @pytest.mark.parametrize("table", [
     TABLE, TABLE.replace("\n", "\r\n"), "\ufeff" + TABLE,
     '\n"images/a.jpg","cat"\n\n"images/b.JPG","cat; dog"\n"images/c.PNG",""',
     "images/a.jpg,cat\nimages/b.JPG,dog,cat\nimages/c.PNG, ,\n"],
     ids=["plain", "Windows", "byte order mark", "quotes", "more columns"])
-@pytest.mark.parametrize("classes", ["cat\ndog: a puppy\n", "\ufeff# pets\r\ncat:\r\n dog :a puppy"])
+@pytest.mark.parametrize("classes", ["cat\ndog: a puppy\n",
+                                     "\ufeff# pets\r\ncat:\r\n dog :a puppy"])
 def test_tables_and_classes_as_people_write_them(table, classes, tmp_path):
     split = Split(photos(tmp_path, table, classes), "train")
     assert split.names == ["a", "b", "c"] and split.words == ["cat", "a puppy"]
@@ -44,14 +41,12 @@ def test_tables_and_classes_as_people_write_them(table, classes, tmp_path):
 def test_photos_are_turned_but_where_masks_refer_to_stored_pixels(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    upright, stored = (
-        Split(photos(tmp_path / name, classes=f"{comment}cat\ndog\n", exif=exif), "train").image("a")
-        for name, comment in (("own", "# mine\n"), ("voc", "# exif: ignore\n")))
+    roots = [photos(tmp_path / str(i), classes=f"{comment}\ncat\ndog\n", exif=exif)
+             for i, comment in enumerate(("# mine", "# exif: ignore"))]
+    upright, stored = (Split(root, "train").image("a") for root in roots)
     assert upright.size == (8, 12) and stored.size == (12, 8)
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(stored), -1))
 
-
-# ---- Pictures and files --------------------------------------------------------------------------
 
 def test_labels_survive_a_file(tmp_path):
     assert PALETTE[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]  # VOC's first
@@ -85,8 +80,6 @@ def test_the_mistake_of_a_loading_process_is_one_line(root, tmp_path, toy, capsy
     assert line.startswith(f"error: {root}/images/train_00000.jpg: not a readable image")
 
 
-# ---- Batches and views ---------------------------------------------------------------------------
-
 def places(monkeypatch, n, steps, start=0, rank=0, world=1, seed=5):
     """The batches of (epoch, i) that a process loads, four a step over all"""
     monkeypatch.setattr(common, "rank", lambda: rank)
@@ -95,32 +88,15 @@ def places(monkeypatch, n, steps, start=0, rank=0, world=1, seed=5):
     return list(load_batches(range(n), recipe, start, CPU, 0).batch_sampler)
 
 
-@pytest.mark.parametrize("n", [1, 3, 10])
-def test_every_pass_shows_each_photo_once(n, monkeypatch):
-    seen = [place for batch in places(monkeypatch, n, 5 * n) for place in batch]
-    assert sorted(seen) == [(epoch, i) for epoch in range(20) for i in range(n)]
-    assert n < 10 or [i for _, i in seen[:n]] != [i for _, i in seen[n:2 * n]]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_what_one_sees_and_a_resumed_run_goes_on(world, monkeypatch):
+def test_batches(monkeypatch):
+    """Every pass shows each photo once; processes share what one sees; a resumed run goes on."""
+    for n in (1, 3, 10):
+        seen = [place for batch in places(monkeypatch, n, 5 * n) for place in batch]
+        assert sorted(seen) == [(epoch, i) for epoch in range(20) for i in range(n)]
+    assert [i for _, i in seen[:10]] != [i for _, i in seen[10:20]]
     alone = places(monkeypatch, 10, 9)
-    shares = [places(monkeypatch, 10, 9, rank=rank, world=world) for rank in range(world)]
+    shares = [places(monkeypatch, 10, 9, rank=rank, world=3) for rank in range(3)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert sorted(sum(parts, [])) == sorted(whole)
-    assert places(monkeypatch, 10, 9, 5, 1, world) == shares[1][5:]
+    assert places(monkeypatch, 10, 9, start=5, rank=1, world=3) == shares[1][5:]
     assert places(monkeypatch, 10, 9, seed=6) != alone
-
-
-def test_views_depend_on_seed_epoch_and_photo_alone(toy):
-    split = Split(toy / "data", "train")
-
-    def view(seed, epoch, i):
-        return Crops(split, recipe_of("toy", "classify", {}) | {"seed": seed}, True)[epoch, i]
-    image, labels, i = view(1, 2, 3)
-    assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and i == 3
-    assert labels.tolist() == split.labels[split.names[3]].tolist()
-    torch.manual_seed(99)
-    assert torch.equal(view(1, 2, 3)[0], image)
-    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
-        assert not torch.equal(view(*other)[0], image)

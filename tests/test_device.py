@@ -1,5 +1,5 @@
-"""Device placement, tried without a device: all stages run on tensors that claim to be elsewhere and
-refuse to be mixed with the CPU's, as CUDA's do."""
+"""Device placement, tried without a device: all stages run on tensors that claim to be elsewhere
+and refuse to be mixed with the CPU's, as CUDA's do."""
 from contextlib import nullcontext
 
 import pytest
@@ -61,8 +61,9 @@ def place(f, args, kwargs):
     """Run an operation on the CPU's numbers; its result is where CUDA's would be"""
     op = f.overloadpacket
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-    there, first = any(isinstance(x, There) for x in tensors), bool(args) and isinstance(args[0], There)
-    indexed = first and op in (aten.index, aten.index_put_, aten._index_put_impl_)  # by the CPU's too
+    there = any(isinstance(x, There) for x in tensors)
+    first = bool(args) and isinstance(args[0], There)  # which may be indexed by the CPU's too
+    indexed = first and op in (aten.index, aten.index_put_, aten._index_put_impl_)
     if there and not indexed and op not in (aten._to_copy, aten.copy_) and not all(
             isinstance(x, There) or x.dim() == 0 for x in tensors):
         raise RuntimeError(f"{f}: expected all tensors to be on the same device")

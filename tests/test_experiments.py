@@ -36,6 +36,25 @@ def test_names_in_the_text_exist():
         assert hasattr(importlib.import_module(script), name), name
 
 
+def test_numbers_are_those_of_the_tables():
+    tables, text = json.loads((FIGURES / "tables.json").read_text()), " ".join(TEXT.split())
+    rows = [(name, [f"{x:.2f}" for x in row.values()]) for title in ("cosines", "losses")
+            for name, row in tables[f"growing, {title}"].items()]
+    classes = ("all", "boat", "train", "bird", "cow", "car", "bottle")
+    beside = tables["mean cosine of patches on the object, beside it"]
+    for name in ("class text", "prompt", "true word"):
+        rows.append((name, ["{:.2f}, {:.2f}".format(*beside[f"{name}, {k}"]) for k in classes]))
+    for name, cells in rows:
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    pairs = tables["refined minus matching CAM, on the object, beside it"]
+    assert " | ".join("{:+.3f}, {:+.3f}".format(*pairs[k]) for k in classes) in text
+    shares = tables["share on the object, of pixels and of the CAM's mass"]
+    assert ("mass {classify:.0%} lies on the true object after classification, {match:.0%} after "
+            "matching, {refine:.0%} after").format(**shares) in text
+    assert "Chosen here: {chosen}, with an mIoU of {mIoU there}".format(
+        **tables["background score"]) in text
+
+
 def test_pictures_are_there_and_all_are_shown():
     shown = set(re.findall(r"\]\(\.\./figures/method/([\w.]+)\)", TEXT))
     assert shown == {path.name for path in FIGURES.iterdir()} == {

@@ -68,30 +68,24 @@ def test_any_image_size(H, W):
     assert none is None and torch.allclose(maps.sum(dim=3), torch.ones(2, 1, 5))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("h, w", [(3, 5), (8, 2)])
-def test_fine_cam_by_hand(h, w):
-    """[eq. W3] fine = A_p2p (A_c2p * relu(coarse)), with any attention"""
+def test_fusion_and_fine_cam_by_hand(h, w):
+    """[eq. W2] of 3 layers of 2 heads; [eq. W3] fine = A_p2p (A_c2p * relu(coarse))"""
     torch.manual_seed(0)
-    generator, A = MaskGenerator(ViT(4, 64, 1, (2, 2)), 2), torch.rand(1, 2 + h * w, 2 + h * w)
+    generator, T = MaskGenerator(ViT(4, 128, 3, (2, 2)), 2), 2 + h * w
+    maps, features = torch.rand(3, 1, 2, T, T), torch.randn(3, 1, 2, 64)
+    A = generator.fusion(list(maps), list(features))
+    weights = generator.fusion.excite(generator.fusion.pool(features.view(6, 64)).squeeze(1))
+    torch.testing.assert_close(A[0], sum(x * m for x, m in zip(weights, maps.view(6, T, T))) / 6)
     coarse = torch.randn(1, 2, h, w)
     for class_attention in (True, False):                                        # [detail 1]
         generator.options["class_attention"] = class_attention
-        weight = A[0, :2, 2:] if class_attention else torch.ones(2, h * w)
-        expected = [[sum(A[0, 2 + i, 2 + j] * weight[k, j] * coarse[0, k].flatten()[j].relu()
+        c2p = A[0, :2, 2:] if class_attention else torch.ones(2, h * w)
+        expected = [[sum(A[0, 2 + i, 2 + j] * c2p[k, j] * coarse[0, k].flatten()[j].relu()
                          for j in range(h * w)) for i in range(h * w)] for k in range(2)]
         fine = generator.spread(A, coarse)[0].flatten(1)
         torch.testing.assert_close(fine, torch.tensor(expected), atol=1e-5, rtol=1e-5)
-
-
-def test_attention_fusion_by_hand():
-    """[eq. W2]"""
-    torch.manual_seed(0)
-    fusion = MaskGenerator(ViT(4, 128, 3, (2, 2)), 2).fusion  # 3 layers of 2 heads
-    maps, features = torch.rand(3, 1, 2, 5, 5), torch.randn(3, 1, 2, 64)
-    flat = features.permute(1, 0, 2, 3).reshape(6, 64)
-    w = fusion.excite(fusion.pool(flat).squeeze(1))
-    expected = sum(w[m] * maps.flatten(1, 2).reshape(6, 5, 5)[m] for m in range(6)) / 6
-    torch.testing.assert_close(fusion(list(maps), list(features))[0], expected)
 
 
 def test_the_fine_prediction_trains_the_fusion_alone():
@@ -111,12 +105,11 @@ def test_gradient_of_rectified_maps_by_hand():
     assert x.grad.flatten().tolist() == [0.5, 0, 0, -0.5, 0, 0, -0.5, -0.5]
 
 
-# ---- The background score ------------------------------------------------------------------------
-
 @torch.no_grad()
 def test_losses_of_the_background_scores(toy, chain):
     """Against masks cut one by one as make_pseudo.py cuts them, and losses pair by pair"""
-    clip, split, folder = load_clip(toy / "clip.pt"), Split(toy / "data", "train"), chain / "cam/cams"
+    clip, split = load_clip(toy / "clip.pt"), Split(toy / "data", "train")
+    folder = chain / "cam/cams"
     split.names = [name for name in split.names if split.image(name).size == (64, 64)][:4]
     u_f = train_cam.class_texts(clip, split.words, CPU)
     u_b = torch.load(chain / "cam/prompts.pt", weights_only=True)["u_b"]

@@ -1,18 +1,20 @@
-"""The recipes against the published figures: lengths, rates, augmentation, eps, clipping, windows."""
-
+"""The recipes against the published figures, and the tricks of the segmentation model."""
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy as toy_world
 from conftest import CPU
 from PIL import Image
 
 import eval
+import train_cam
 import train_seg
-from common import Split, autocast, read_cams, read_labels, scaled_input
+from clip_model import load_clip
+from common import Split, read_cams, read_labels, scaled_input
 from make_pseudo import PRESETS, dense_crf, score_labels
 from mask_generator import MaskGenerator, ViT
-from train_cam import SCORES, Crops, cosine_rate, recipe_of, region_masks
+from train_cam import SCORES, cosine_rate, recipe_of, region_masks
 from train_seg import Segmenter
 
 IMAGES = {"voc": 10_582, "coco": 82_081}
@@ -21,8 +23,6 @@ IMAGES = {"voc": 10_582, "coco": 82_081}
 def seg_recipe(name):
     return {key: row[train_seg.RECIPES.index(name)] for key, row in train_seg.TABLE.items()}
 
-
-# ---- Lengths and rates ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, images", IMAGES.items())
 def test_published_figures(name, images):
@@ -56,8 +56,6 @@ def test_rates_by_hand():
     plain = recipe_of("toy", "match", {"steps": 100, "lr": 1})
     assert [cosine_rate(step, plain) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
 
-
-# ---- Augmentation, eps, precision ----------------------------------------------------------------
 
 # ---- The segmentation model ----------------------------------------------------------------------
 
@@ -101,7 +99,7 @@ def test_windows_in_one_batch_are_windows_one_by_one():
     for scale in (32 / 50, 32 / 50, 40 / 50):
         x = scaled_input(photo, scale, 8, 8192)
         for flip in (False, True):
-            scores = eval.slide(model, x.flip(3) if flip else x, 32, 16, most=1)
+            scores = eval.slide(model, x.flip(3) if flip else x, 32, 16, batch=1)
             scores = F.interpolate(scores.flip(3) if flip else scores, size=(50, 90),
                                    mode="bilinear")
             total = total + scores[0].softmax(dim=0) / 6
@@ -122,4 +120,58 @@ def test_crf_on_the_winners_equals_the_crf_on_all():
         assert len(winners) == 4 and (full == ours).float().mean() > 0.99
 
 
-# ---- The background score ------------------------------------------------------------------------
+def test_class_tokens_move_at_twice_the_rate():
+    """WeakTr's [CLS] and its position are two parameters of AdamW; only their sum counts."""
+    torch.manual_seed(0)
+    S = MaskGenerator(ViT(8, 64, 2, (4, 4)), 3)
+    before, head = (S.class_tokens + S.class_positions).detach(), S.head.bias.detach().clone()
+    optimizer = torch.optim.AdamW(S.parameters(), lr=1e-3, weight_decay=0)
+    sum(z.square().sum() for z in S(torch.randn(2, 3, 32, 32))[1].values()).backward()
+    optimizer.step()
+    tokens = (S.class_tokens + S.class_positions - before).abs().median().item()
+    assert tokens == pytest.approx(2e-3, rel=0.01)
+    assert (S.head.bias - head).abs().median().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_eps_damps_faint_maps():
+    """M of a random DeiT stays far below 1 with eps 0.1, so amplitude is trained as well."""
+    torch.manual_seed(0)
+    S = MaskGenerator(ViT(layers=4), 20).eval().requires_grad_(False)
+    image = torch.randn(1, 3, 96, 96)
+    faint, shape = (region_masks(S(image)[0][0], (96, 96), eps).amax() for eps in (0.1, 1e-12))
+    S.head.weight *= 1000
+    assert faint < 0.3 and region_masks(S(image)[0][0], (96, 96), 0.1).amax() > 2 * faint
+    assert shape > 0.99
+
+
+def test_background_score_where_cosines_are_those_of_real_clip(toy, tmp_path, monkeypatch):
+    """CAMs made of true masks, blurred. The small CLIP's cosines, 0 to 1, and 0.15 + 0.2 of them,
+    as real CLIP's lie near 0.25: the same choice, within 2 points of the best score."""
+    pairs = dict(zip(toy_world.OBJECTS, toy_world.BACKGROUNDS))
+    toy_world.write_data(tmp_path, pairs, 60, 1, 7, 0.95)
+    split, rng = Split(tmp_path, "train"), np.random.default_rng(0)
+    counts = dict.fromkeys(SCORES, 0)
+    for name in split.names:
+        truth = read_labels(tmp_path / f"masks/{name}.png", (64, 64), 7)
+        present = np.flatnonzero(split.labels[name])
+        masks = torch.from_numpy(np.stack([truth == 1 + k for k in present])).float()
+        soft = F.avg_pool2d(F.avg_pool2d(masks, 15, 1, 7), 15, 1, 7)
+        soft = soft + 0.1 * torch.from_numpy(rng.random(masks.shape)).float()
+        cams = region_masks(F.avg_pool2d(soft, 4), (16, 16), 1e-12)[:, 0].half()
+        np.save(tmp_path / f"{name}.npy", cams.numpy())
+        full = read_cams(tmp_path, name, present, (64, 64))
+        for score in SCORES:
+            labels = score_labels(full, present, score)
+            counts[score] = counts[score] + eval.confusion_matrix(labels, truth, 7)
+    miou = [100 * np.nanmean(eval.iou(matrix)) for matrix in counts.values()]
+    clip, original, chosen = load_clip(toy / "clip.pt"), train_cam.cosine, []
+    u_f, u_b = (train_cam.class_texts(clip, words, CPU)
+                for words in (split.words, toy_world.BACKGROUNDS))
+    stage = train_cam.Stage("export", recipe_of("toy", "export", {}), split, None, CPU, None, clip,
+                            u_f)
+    for cosine in (original, lambda a, b: 0.15 + 0.2 * original(a, b)):
+        monkeypatch.setattr(train_cam, "cosine", cosine)
+        losses = train_cam.background_losses(stage, tmp_path, u_b)
+        chosen.append(train_cam.choose_score(losses, SCORES)[0])
+    assert chosen[0] == chosen[1] and max(miou) > min(miou) + 10
+    assert np.interp(chosen[0], SCORES, miou) > max(miou) - 2, (chosen, miou)

@@ -167,13 +167,10 @@ def test_flags_that_cannot_be(flags, says, train_cam_says, tmp_path):
     assert says in train_cam_says(*flags.format(cam=tmp_path / "cam").split())
 
 
-def test_other_classes_and_another_csv(train_cam_says, root, tmp_path):
-    table = root / "train.csv"
-    table.write_text("".join(table.open().readlines()[1:]))
-    assert "classify.pt: trained with another train.csv" in train_cam_says("--phase", "match",
-                                                                           data=root)
-    (root / "classes.txt").write_text("\n".join([*OBJECTS, "ship"]))
-    assert "classify.pt: trained for 6 classes" in train_cam_says("--phase", "match", data=root)
+def test_another_csv(train_cam_says, root):
+    (root / "train.csv").write_text("".join((root / "train.csv").open().readlines()[1:]))
+    line = train_cam_says("--phase", "match", data=root)
+    assert "classify.pt: trained with another train.csv" in line
 
 
 def test_prompts_of_another_clip(toy, train_cam_says, tmp_path):
@@ -190,7 +187,7 @@ def test_prompts_of_another_clip(toy, train_cam_says, tmp_path):
 
 @pytest.mark.parametrize("where", ["weights", "gradients"])
 def test_what_is_not_a_number_is_not_saved(where, toy, chain, tmp_path, capsys, monkeypatch):
-    """Weights or gradients of NaN under a finite loss: one line, and the .part of before"""
+    """NaN in weights or gradients at a saving step: one line, and the .part of before"""
     original = Journal.write
 
     def spoils(journal, step, images, values, n):
@@ -213,4 +210,4 @@ def test_a_missing_label_shows_at_the_start(toy, chain, tmp_path, capsys):
     (labels / "train_00007.png").unlink()
     line = error_line(capsys, "train_seg", "--data", toy / "data", "--labels", labels, "--vit",
                       tmp_path / "none.pth", "--out", tmp_path / "seg", *TINY)
-    assert "train_00007.png: no such file, one of 1" in line and not (tmp_path / "seg").exists()
+    assert "train_00007.png: no such file, 1 of 1" in line and not (tmp_path / "seg").exists()
