@@ -440,5 +440,5 @@ class Journal:
         names = ", ".join(self.names[i] for i in (odd or [i for i, _, _ in self.window])[0])
         raise InputError(f"{self.part.stem}, step {self.step}: loss {loss} or weights not finite, "
                          f"first with the images {names or 'of another process'}; expected "
-                         "numbers; go on from the last good state with --resume, without these "
-                         "photos, or begin anew with a lower lr")
+                         "numbers; go on from the last good state with --resume, or begin anew "
+                         "with a lower lr or without these photos")

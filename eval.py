@@ -236,8 +236,8 @@ def main(args):
         return
 
     # ---- report
-    what, source = next((key, value) for key in ("pred", "cams", "checkpoint")
-                        if (value := getattr(args, key)))
+    what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
+    source = args.pred or args.cams or args.checkpoint
     details = (f", scales {recipe['test_scales']}, flip {args.flip}, CRF {recipe['test_crf']}"
                + ", present classes only" * args.present_only if args.checkpoint else
                f", background score {scores[0]} ({how})" if args.cams else "")

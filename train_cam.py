@@ -606,8 +606,8 @@ def recipe_of(name, phase, changes):
 def parse_changes(args, phases):
     """--set, --steps, --batch -> {key: value}, of the kind that the recipes have"""
     recipe = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
-    short = [f"{key}={value}" for key in ("steps", "batch")  # the export has neither
-             if key in recipe and (value := getattr(args, key)) is not None]
+    short = [f"{key}={value}" for key, value in (("steps", args.steps), ("batch", args.batch))
+             if value is not None and key in recipe]  # the export has neither
     changes = {}
     for word in [*short, *args.set]:
         key, _, text = word.partition("=")
@@ -648,7 +648,8 @@ def main(args):
         recipe = recipe_of(args.recipe, phase, changes)
         recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest}
         if phase == "classify":
-            recipe[args.generator] = Path(getattr(args, args.generator)).name
+            weights = args.vit if args.generator == "vit" else args.resnet
+            recipe |= {"generator": args.generator, "weights": Path(weights).name}
         elif clip:
             recipe["clip"] = clip_digest(clip)
         if not is_finished(out / f"{phase}.pt", recipe, args.resume):

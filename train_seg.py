@@ -238,7 +238,8 @@ def main(args):
     device = start_processes(args.device)
     split, out = Split(args.data, args.split), Path(args.out)
     recipe = {key: row[RECIPES.index(args.recipe)] for key, row in TABLE.items()}
-    recipe |= {key: x for key in ("steps", "batch") if (x := getattr(args, key)) is not None}
+    short = {"steps": args.steps, "batch": args.batch}
+    recipe |= {key: value for key, value in short.items() if value is not None}
     if min(recipe["steps"], recipe["batch"]) < 1:
         raise InputError("--steps, --batch: expected whole numbers above 0")
     recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest,
