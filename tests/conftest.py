@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: so small, threads cost more
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: so small, threads cost more
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"  # a few real photos and weights, where there are some
 sys.path[:0] = [str(ROOT / "prepare"), str(ROOT / "experiments"), str(ROOT / "tests")]
