@@ -119,7 +119,8 @@ def test_gradient_of_pixels_and_of_prompts(pair, length):
 
 PIECES = [
     "cat", "Dog", "naïve café", "e\u0301toile", "ﬁne", "Ⅷ", "x²", "3.14", "don't", "WE'RE", "it’s",
-    "'ſ", "\u212aelvin", "İstanbul", "ΟΔΥΣΣΕΥΣ", "привет", "مرحبا", "नमस्ते", "你好世界", "한국어", "🙂",
+    "'ſ", "\u212aelvin", "İstanbul", "ΟΔΥΣΣΕΥΣ", "привет", "مرحبا", "नमस्ते",
+    "你好世界", "한국어", "🙂",
     "👩\u200d👩\u200d👧", "❤\ufe0f", "\ufeff", "\x00", "\x85", "&amp;amp;", "&lt;b&gt;", "&#133;",
     "schÃ¶n", "“curly”", "…", "!!!", "a_b", "http://x.org/?q=1", "\U0010ffff", "\u00a0", "\r\n",
     "<|startoftext|>", "<|ENDOFTEXT|>", "<|end|>", "</w>", "Ġ", "ab" * 40, "9" * 60]
