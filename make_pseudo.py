@@ -364,6 +364,8 @@ def main(args):
     split = Split(args.data, args.split)
     score, how = background_score(args.background_score, args.cams)
     if rank() == 0:
+        first = split.names[0]  # a wrong folder shows before finished masks are removed
+        read_cams(args.cams, first, np.flatnonzero(split.labels[first]), (8, 8))
         origin = {folder: digest(note) if (note := Path(folder) / "made_of.json").is_file() else ""
                   for folder in (args.cams, args.segments) if folder}
         origin |= {"score": score, "crf": args.crf, "photos": split.digest}

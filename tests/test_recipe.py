@@ -1,4 +1,6 @@
 """The recipes against the published figures, and the tricks of the segmentation model."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,17 @@ def test_rates_by_hand():
 
 # ---- The segmentation model ----------------------------------------------------------------------
 
+def test_a_run_takes_rates_and_weight_decay(cam, tmp_path, monkeypatch):
+    seen, AdamW = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: (
+        seen.append(options["weight_decay"]), AdamW(*groups, **options))[1])
+    cam(tmp_path, "--phase", "classify", "--steps", 4, "--set", "weight_decay=0.05", "warmup=0.5",
+        "first_lr=1e-6")
+    rows = [json.loads(row) for row in (tmp_path / "classify.jsonl").read_text().splitlines()]
+    assert seen == [0.05] and [row["lr"] for row in rows] == pytest.approx(
+        [1e-6, (1e-6 + 1e-3) / 2, 0.5e-3, 0.5e-3 * (1 - 0.5 ** 0.5)])
+
+
 def test_clipping_of_high_losses_by_hand():
     """[eq. S2] Patches of 2 x 2 in two images of 2 x 4: the mean is 1, the patches' means over
     both are 1.5 and, without the pixel that is not counted, 3/7."""
@@ -104,6 +117,39 @@ def test_windows_in_one_batch_are_windows_one_by_one():
                                    mode="bilinear")
             total = total + scores[0].softmax(dim=0) / 6
     torch.testing.assert_close(batched, total)
+
+
+def test_a_prediction_gives_the_crf_the_winners_alone(monkeypatch):
+    """eval.predict_labels: labels 0 and 3 win of five; the CRF's answer becomes 0 and 3 again"""
+    prob, seen = torch.full((5, 6, 8), 0.1), []
+    prob[0], prob[3, :, :4] = 0.3, 0.5
+
+    def crf(image, prob, gaussian, bilateral):
+        seen.append((len(prob), gaussian, bilateral))
+        return prob.flip(0)  # the winners change places
+    monkeypatch.setattr(eval, "predict", lambda *_: prob)
+    monkeypatch.setattr(eval, "dense_crf", crf)
+    recipe = {"test_crf": seg_recipe("voc")["test_crf"]}
+    labels = eval.predict_labels(None, Image.new("RGB", (8, 6)), recipe, True, CPU)
+    assert seen == [(2, (3, 3), (83, 5, 3))]
+    assert (labels[:, :4] == 0).all() and (labels[:, 4:] == 3).all()
+
+
+def test_views_of_the_segmentation(toy, tmp_path):
+    """Scaled, cropped, and padded last: below and at the right mean colour and label 255; labels go
+    with their pixels. The decoder starts as Segmenter's."""
+    split = Split(toy / "data", "train")
+    recipe = seg_recipe("toy") | {"crop": 80, "scale": (1, 1), "seed": 0}
+    i = next(i for i, name in enumerate(split.names) if split.image(name).size == (64, 64))
+    image, labels, _ = train_seg.Labelled(split, toy / "data/masks", recipe)[0, i]
+    truth = torch.from_numpy(read_labels(toy / f"data/masks/{split.names[i]}.png", None, 7)).long()
+    assert (image[:, 64:] == 0).all() and (image[:, :, 64:] == 0).all() and image[:, :64, :64].any()
+    assert (labels[64:] == 255).all() and (labels[:, 64:] == 255).all()
+    assert labels[:64, :64].equal(truth) or labels[:64, :64].equal(truth.flip(1))
+    model = Segmenter(ViT(8, 64, 1, (4, 4)), 5)
+    block = model.blocks[0]
+    assert block.norm1.eps == block.norm2.eps == 1e-5 and (block.attn.qkv.bias == 0).all()
+    assert block.mlp["fc1"].weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_crf_on_the_winners_equals_the_crf_on_all():

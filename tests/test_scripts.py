@@ -118,6 +118,10 @@ def test_export_and_masks_are_kept_while_they_are_made_of_the_same(toy, chain, c
     assert (cams / "train_00000.npy").stat().st_mtime_ns != stamp
     call("make_pseudo", *flags)
     assert first.read_bytes() != b"kept" and files_in(masks).keys() == before.keys()
+    made = files_in(masks)
+    with pytest.raises(SystemExit):  # a wrong folder costs no mask
+        call("make_pseudo", *flags, "--cams", tmp_path / "nowhere")
+    assert files_in(masks) == made
 
 
 def test_segmentation_resumed_equals_uninterrupted(toy, tmp_path, monkeypatch, dies_at_2):
