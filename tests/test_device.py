@@ -1,5 +1,5 @@
-"""Device placement, tried without a device: all stages run on tensors that claim to be elsewhere
-and refuse to be mixed with the CPU's, as CUDA's do."""
+"""All stages, on tensors that claim another device and refuse to be mixed with the CPU's, as CUDA's
+do: device placement, tried without a device."""
 from contextlib import nullcontext
 
 import pytest
@@ -16,34 +16,50 @@ import train_seg
 ELSEWHERE, CPU, aten = torch.device("meta"), torch.device("cpu"), torch.ops.aten
 
 
+def here(x):
+    return x.here if isinstance(x, There) else x
+
+
+def place(_, f, types, args=(), kwargs=None):
+    """Run an operation on the CPU's numbers; its result is where CUDA's would be"""
+    op, kwargs = f.overloadpacket, kwargs or {}
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    there = any(isinstance(x, There) for x in tensors)
+    first = bool(args) and isinstance(args[0], There)  # which may be indexed by the CPU's too
+    indexed = first and op in (aten.index, aten.index_put_, aten._index_put_impl_)
+    if there and not indexed and op not in (aten._to_copy, aten.copy_) and not all(
+            isinstance(x, There) or x.dim() == 0 for x in tensors):
+        raise RuntimeError(f"{f}: expected all tensors to be on the same device")
+    if kwargs.get("device") is not None:
+        there, kwargs = torch.device(kwargs["device"]) == ELSEWHERE, kwargs | {"device": CPU}
+    out = f(*tree_map(here, args), **tree_map(here, kwargs))
+    if f._schema.is_mutable and args:
+        return args[0]
+    return tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, out) if there else out
+
+
 class There(torch.Tensor):
     """Numbers of the CPU that claim another device"""
+    __torch_dispatch__ = classmethod(place)
 
     @staticmethod
     def __new__(cls, x):
-        there = torch.Tensor._make_wrapper_subclass(
-            cls, x.shape, strides=x.stride(), storage_offset=x.storage_offset(), dtype=x.dtype,
-            device=ELSEWHERE)
+        there = torch.Tensor._make_wrapper_subclass(cls, x.shape, x.stride(), x.storage_offset(),
+                                                    dtype=x.dtype, device=ELSEWHERE)
         there.here = x
         return there
-
-    @classmethod
-    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
-        return place(f, args, dict(kwargs or {}))
 
 
 class Placement(TorchDispatchMode):
     """Makes `.to(ELSEWHERE)` and `device=ELSEWHERE` give such tensors"""
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        return place(f, args, dict(kwargs or {}))
+    __torch_dispatch__ = place
 
 
 class Constants(TorchFunctionMode):
     """torch.tensor and new_tensor would make meta tensors without numbers; tolist just waits"""
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if f is torch.Tensor.tolist and isinstance(args[0], There):
             return args[0].here.tolist()
         if f is torch.Tensor.new_tensor:
@@ -53,57 +69,27 @@ class Constants(TorchFunctionMode):
         return f(*args, **kwargs)
 
 
-def here(x):
-    return x.here if isinstance(x, There) else x
+class Context(nullcontext):
+    """For autocast, which wants a real device, and for threads, which would leave the modes"""
+    fast_dtype, map = None, staticmethod(map)
 
 
-def place(f, args, kwargs):
-    """Run an operation on the CPU's numbers; its result is where CUDA's would be"""
-    op = f.overloadpacket
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-    there = any(isinstance(x, There) for x in tensors)
-    first = bool(args) and isinstance(args[0], There)  # which may be indexed by the CPU's too
-    indexed = first and op in (aten.index, aten.index_put_, aten._index_put_impl_)
-    if there and not indexed and op not in (aten._to_copy, aten.copy_) and not all(
-            isinstance(x, There) or x.dim() == 0 for x in tensors):
-        raise RuntimeError(f"{f}: expected all tensors to be on the same device")
-    if kwargs.get("device") is not None:
-        there, kwargs["device"] = torch.device(kwargs["device"]) == ELSEWHERE, CPU
-    out = f(*tree_map(here, args), **tree_map(here, kwargs))
-    if f._schema.is_mutable and args:
-        return args[0]
-    return tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, out) if there else out
-
-
-class NoAutocast(nullcontext):
-    fast_dtype = None
-
-
-class NoThreads:  # another thread would leave the modes
-    __enter__, __exit__, map = lambda self: self, lambda *_: None, staticmethod(map)
-
-
-def run_stages(world, out, set_attribute):
-    """All stages through their command lines, one step each"""
+def test_all_stages_keep_tensors_on_their_device(toy, tmp_path, monkeypatch):
     for module in (train_cam, make_pseudo, train_seg, eval):
-        set_attribute(module, "start_processes", lambda _: ELSEWHERE)
+        monkeypatch.setattr(module, "start_processes", lambda _: ELSEWHERE)
         if hasattr(module, "autocast"):
-            set_attribute(module, "autocast", lambda *_: NoAutocast())
-    set_attribute(eval, "ThreadPoolExecutor", lambda _: NoThreads())
+            monkeypatch.setattr(module, "autocast", lambda *_: Context())
+    monkeypatch.setattr(eval, "ThreadPoolExecutor", lambda _: Context(Context()))
     save = torch.save
-    set_attribute(torch, "save", lambda state, path: save(tree_map(here, state), path))
-    data = f"--data {world}/data --split train"
-    train = f"{data} --recipe toy --vit {world}/vit.pth --steps 1 --batch 4 --workers 0"
+    monkeypatch.setattr(torch, "save", lambda state, path: save(tree_map(here, state), path))
+    data = f"--data {toy}/data --split train"
+    train = f"{data} --recipe toy --vit {toy}/vit.pth --steps 1 --batch 4 --workers 0"
     with Constants(), Placement():
-        for module, flags in ((train_cam, f"{train} --clip {world}/clip.pt --out {out}"),
-                              (make_pseudo, f"{data} --cams {out}/cams --out {out}/masks"),
-                              (train_seg, f"{train} --labels {out}/masks --out {out}"),
-                              (eval, f"{data} --checkpoint {out}/seg.pt")):
+        for module, flags in ((train_cam, f"{train} --clip {toy}/clip.pt --out {tmp_path}"),
+                              (make_pseudo, f"{data} --cams {tmp_path}/cams --out {tmp_path}/masks"),
+                              (train_seg, f"{train} --labels {tmp_path}/masks --out {tmp_path}"),
+                              (eval, f"{data} --checkpoint {tmp_path}/seg.pt")):
             module.main(module.parse_args(flags.split()))
-
-
-def test_all_tensors_are_where_they_belong(toy, tmp_path, monkeypatch):
-    run_stages(toy, tmp_path, monkeypatch.setattr)
 
 
 def test_a_mix_of_devices_is_refused():
