@@ -423,9 +423,9 @@ def photo_cams(generator, photo, present, scales):
     quarter, total = (-(-H // 4), -(-W // 4)), 0
     for scale in scales:
         x = scaled_input(photo, scale, generator.trunk.patch, 2500).to(present.device)
-        cam, mirrored = (generator(view)[0][:, present] for view in (x, x.flip(3)))
-        for view in (cam, mirrored.flip(3)):                            # (1, n, h, w)
-            total = total + F.interpolate(view.transpose(0, 1), size=quarter, mode="bilinear")
+        cam, mirrored = generator(torch.cat([x, x.flip(3)]))[0][:, present]      # (n, h, w) twice
+        for view in (cam, mirrored.flip(2)):
+            total = total + F.interpolate(view[:, None], size=quarter, mode="bilinear")
     return region_masks(total[:, 0], quarter, eps=1e-12)[:, 0]
 
 
