@@ -1,10 +1,11 @@
 """Speed and memory against other implementations, as ratios; below 1 ours is faster or smaller.
 
   clip   CLIP against clip-anytorch, a copy of OpenAI's code
-  crf    the dense CRF against pydensecrf2 in a Python of its own (--peer); without one, for tiny
-         pictures, against dense_crf_slow, the definition
+  crf    the dense CRF against pydensecrf2 in a Python of its own (--peer); without one, on a GPU
+         against itself on the CPU, on a CPU against dense_crf_slow, the definition, for tiny pictures
   eval   scoring label PNGs against decoding the same files; the scores against torchmetrics'
-  step   a step of every phase, and the export of a photo, against the official formulation
+  step   a step of every phase, the segmentation's, and the export of a photo, against the official
+         formulation; and the memory that a GPU needs for VOC, computed from the memory per image
 
 Both sides take turns; ratios are medians over the rounds. Memory is the peak of a fresh process
 above what it held before, on a GPU torch's count. Weights are random. Time on an idle machine.
@@ -30,6 +31,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,10 +43,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import eval  # noqa: E402
 import train_cam  # noqa: E402
+import train_seg  # noqa: E402
 from clip_model import CLIP, Linear, linear, tokenize  # noqa: E402
 from common import autocast, scaled_input, write_labels  # noqa: E402
 from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary  # noqa: E402
-from mask_generator import MaskGenerator, ViT  # noqa: E402
+from mask_generator import AttentionFusion, MaskGenerator, ViT  # noqa: E402
 
 CLIP_SIZES = {False: {}, True: dict(resolution=64, patch=16, width=64, layers=2, text_width=64,
                                     text_layers=2, embed_dim=64)}  # of --toy
@@ -72,16 +75,20 @@ def show(title, *cells):
     print(f"{title:<44}" + "".join(f"{x:>10}" for x in cells), flush=True)
 
 
-def print_peak(call, args):
-    """Peak memory in MiB of two calls, on a CPU above what this process held before (Linux)"""
+def peak_here(call, args):
+    """Peak memory in MiB of two calls above what this process held before (on a CPU: Linux)"""
     def resident(key):  # KiB
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(), call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
     before = resident("VmRSS")
     call(), call()
-    print(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else
-          (resident("VmHWM") - before) / 1024)
+    return (resident("VmHWM") - before) / 1024
 
 
 def peak_of(args, measure):
@@ -116,10 +123,10 @@ def bench_clip(args):
     ours = CLIP(**CLIP_SIZES[args.toy]).to(args.device).eval().requires_grad_(False)
     x = torch.randn(args.batch, 3, ours.resolution, ours.resolution, device=args.device)
     if args.measure == "ours":
-        return print_peak(lambda: backward(ours, x), args)
+        return print(peak_here(lambda: backward(ours, x), args))
     theirs = reference(ours).requires_grad_(args.measure != "frozen")
     if args.measure:
-        return print_peak(lambda: backward(theirs, x), args)
+        return print(peak_here(lambda: backward(theirs, x), args))
     short, long = (tokenize([f"a photo of {'class ' * n}{k}." for k in range(20)]).to(args.device)
                    for n in (1, 29))  # a learned prompt is 30 long
     image, text, text_long = (torch.no_grad()(call) for call in (
@@ -163,10 +170,12 @@ np.save(sys.argv[2], np.array(Q).reshape(C, H, W))
 """
 
 
-def other_crf(peer, image, prob, gaussian, bilateral):
+def other_crf(args, image, prob, gaussian, bilateral):
     """image uint8 (H, W, 3), prob (C, H, W) -> Q (C, H, W), the seconds that it says or None"""
+    peer = args.peer
     if not peer:
-        return dense_crf_slow(image, prob, gaussian, bilateral), None
+        return (dense_crf if args.device == "cuda" else dense_crf_slow)(
+            image, prob, gaussian, bilateral), None
     with tempfile.TemporaryDirectory() as folder:
         job, Q = f"{folder}/job.npz", f"{folder}/Q.npy"
         np.savez(job, image=image.numpy(), prob=prob.numpy(), weights=[*gaussian, *bilateral])
@@ -182,7 +191,7 @@ def smooth(rng, count, cells, height, width):
 
 def bench_crf(args):
     rng, images = np.random.default_rng(0), {}
-    for H, W in [(375, 500), (64, 64)] if args.peer else [(24, 32)]:
+    for H, W in [(375, 500), (64, 64)] if args.peer or args.device == "cuda" else [(24, 32)]:
         photo = 128 + 50 * smooth(rng, 3, (6, 8), H, W) + rng.normal(0, 4, (3, H, W))
         photo = photo.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
         images[f"drawn {W}x{H}"] = torch.from_numpy(photo)
@@ -192,14 +201,16 @@ def bench_crf(args):
     if args.measure:
         image = next(iter(images.values()))
         prob = torch.full((3, *image.shape[:2]), 1 / 3)
-        return print_peak(lambda: dense_crf(image, prob), args)
+        return print(peak_here(lambda: dense_crf(image, prob), args))
     show("milliseconds", "ours", "theirs", "ratio", "agree", "mean |dQ|")
     for (title, image), C, name in product(images.items(), (3, 21), ("voc", "irn", "prob")):
         unary, *weights = PRESETS[name].values()
         prob = (2 * torch.from_numpy(smooth(rng, C, (12, 16), *image.shape[:2]))).softmax(0)
         prob = hard_unary(prob.argmax(0), C) if unary == "hard" else prob
-        ours, theirs = (partial(call, image, prob, *weights)
-                        for call in (dense_crf, partial(other_crf, args.peer)))
+        theirs = partial(other_crf, args, image, prob, *weights)
+
+        def ours():
+            return dense_crf(image, prob.to(args.device), *weights).cpu()
         times = race(ours, theirs, args, (lambda call: call()[1]) if args.peer else seconds)
         Q, (other, _) = ours(), theirs()
         agree = (Q.argmax(0) == other.argmax(0)).float().mean().item()
@@ -247,21 +258,43 @@ def bench_eval(args):
 
 # ---- step ----------------------------------------------------------------------------------------
 
+STEPS = {"classify": 64, "match": 64, "prompts": 128, "refine": 64, "segmentation": 4, "export": 1}
+
+
+def plain_attention(q, k, v):
+    """What torch's fused function computes, with maps that are kept for the gradient"""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+class PlainFusion(AttentionFusion):
+    """The same, of the maps of all layers at once"""
+
+    def forward(self, maps, features):
+        w = self.excite(self.pool(torch.cat(features, dim=1)).squeeze(-1))
+        return (w[:, :, None, None] * torch.cat(maps, dim=1)).mean(dim=1)
+
+
 def build_side(args, official):
     """The models of one side, and a batch with 1.5 classes an image, as in VOC"""
     torch.manual_seed(0)
-    K, side = args.classes, 64 if args.toy else 224
-    vit = ViT(**dict(width=64, layers=2, grid=(4, 4)) if args.toy else {})
+    K, side, crop = args.classes, *((64, 64) if args.toy else (224, 480))
+    sizes = dict(width=64, layers=2, grid=(4, 4)) if args.toy else {}
     clip = CLIP(**CLIP_SIZES[args.toy]).to(args.device).eval().requires_grad_(official)
-    m = Namespace(clip=clip, generator=MaskGenerator(vit, K).to(args.device), official=official,
-                  prompts=train_cam.Prompts(clip, K, 30).to(args.device), device=args.device,
+    m = Namespace(clip=clip, generator=MaskGenerator(ViT(**sizes), K).to(args.device),
+                  prompts=train_cam.Prompts(clip, K, 30).to(args.device), official=official,
+                  segmenter=train_seg.Segmenter(ViT(**sizes), K + 1).to(args.device),
                   image=torch.randn(args.batch, 3, side, side).to(args.device),
-                  labels=torch.zeros(args.batch, K),
+                  labels=torch.zeros(args.batch, K), device=torch.device(args.device),
+                  large=torch.randn(4, 3, crop, crop).to(args.device),
+                  masks=torch.randint(K + 1, (4, crop, crop)), precision=args.precision,
                   texts=tokenize([f"a photo of class {k}." for k in range(K)]).to(args.device),
                   photo=Image.new("RGB", (96, 64) if args.toy else (500, 375)))
-    for part in (*clip.modules(), *m.generator.modules()) if official else ():
-        if isinstance(part, Linear):
-            part.__class__ = nn.Linear
+    for model in (clip, m.generator, m.segmenter) if official else ():
+        for part in model.modules():
+            if isinstance(part, Linear):
+                part.__class__ = nn.Linear
+            if isinstance(part, AttentionFusion):
+                part.__class__ = PlainFusion
     for b in range(args.batch):
         m.labels[b, torch.randperm(K)[:1 + b % 2]] = 1
     with torch.no_grad():
@@ -269,20 +302,34 @@ def build_side(args, official):
     return m
 
 
+def models_of(m, phase):
+    """What trains, and what it is given"""
+    return {"classify": (m.generator,), "match": (m.generator, m.clip),
+            "prompts": (m.prompts, m.generator, m.clip), "refine": (m.generator, m.clip),
+            "segmentation": (m.segmenter,), "export": (m.generator,)}[phase]
+
+
 def our_loss(m, phase, recipe):
-    step, model, *others = {
-        "classify": (train_cam.classification_step, m.generator),
-        "match": (train_cam.match_step, m.generator, m.clip, m.u_f),
-        "prompts": (train_cam.prompt_step, m.prompts, m.generator, m.clip, m.u_f),
-        "refine": (train_cam.refine_step, m.generator, m.clip, m.u_f, m.u_b)}[phase]
-    return step(model, m.image, m.labels, recipe, *others)[0]["loss"]
+    if phase == "segmentation":
+        recipe = {"clip_start": 1.2, "clip_patch": 120}
+        return train_seg.segmentation_step(m.segmenter, m.large, m.masks, recipe)[0]["loss"]
+    step, others = {"classify": (train_cam.classification_step, ()),
+                    "match": (train_cam.match_step, (m.u_f,)),
+                    "prompts": (train_cam.prompt_step, (m.u_f,)),
+                    "refine": (train_cam.refine_step, (m.u_f, m.u_b))}[phase]
+    model, *frozen = models_of(m, phase)
+    return step(model, m.image, m.labels, recipe, *frozen, *others)[0]["loss"]
 
 
 def official_loss(m, phase, recipe):
     """That of a plain reading of the paper: the maps of all K classes are up-sampled, normalised;
     every pair's kept and dropped region is a call of CLIP's own; the class text and the prompt of
     every pair are encoded anew at each step, over all 77 tokens; CLIP's weights are trainable, so
-    their gradients are computed and dropped; linear layers are torch's."""
+    their gradients are computed and dropped; linear layers are torch's; the maps of all layers are
+    fused at once, and the segmentation model's attention is written out."""
+    if phase in ("classify", "segmentation"):
+        with mock.patch.object(F, "scaled_dot_product_attention", plain_attention):
+            return our_loss(m, phase, recipe)
     clip, pairs = m.clip, m.labels.nonzero().tolist()
     with torch.set_grad_enabled(phase != "prompts"):
         cam, _ = m.generator(m.image)
@@ -323,27 +370,44 @@ def one_step(m, phase):
     m.generator.requires_grad_(phase == "classify")
     if phase in ("match", "refine"):
         m.generator.train_through_clip()
-    model = m.prompts if phase == "prompts" else m.generator
-    loss = official_loss if m.official and phase != "classify" else our_loss
-    with autocast(torch.device(m.device), "auto"):
-        value = loss(m, phase, train_cam.recipe_of("voc", phase, {}))
+    model = models_of(m, phase)[0]
+    with autocast(m.device, m.precision):
+        value = (official_loss if m.official else our_loss)(
+            m, phase, train_cam.recipe_of("voc", phase, {}))
     value.backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5).step()
     model.zero_grad(set_to_none=True)
     m.clip.zero_grad(set_to_none=True)
 
 
+def peak_step(args, m, phase):
+    """MiB of a step above the weights; on a CPU in a fresh process, for no memory is left over"""
+    if args.device == "cuda":
+        return peak_here(lambda: one_step(m, phase), args)
+    side = "official" if m.official else "ours"
+    return peak_of(Namespace(**{**vars(args), "batch": len(m.image)}), f"{side} {phase}")
+
+
 def bench_step(args):
     if args.measure:
         side, phase = args.measure.split()
         m = build_side(args, side == "official")
-        return print_peak(lambda: one_step(m, phase), args)
+        return print(peak_here(lambda: one_step(m, phase), args))
     ours, theirs = build_side(args, False), build_side(args, True)
-    show(f"milliseconds; MiB. {args.device}, K {args.classes}, batch {args.batch}", "ours",
-         "official", "ratio", "ours", "official")
-    for phase in ("classify", "match", "prompts", "refine", "export"):
+    half = Namespace(**{**vars(ours), "image": ours.image[::2], "labels": ours.labels[::2]})
+    show(f"K {args.classes}, batch {args.batch}, {args.device}, {args.precision}", "ms", "official",
+         "ratio", "MiB", "official", "ratio", "MiB/image", "GiB, VOC")
+    for phase, batch in STEPS.items():
         times = race(lambda: one_step(ours, phase), lambda: one_step(theirs, phase), args)
-        show(phase, *times, *(peak_of(args, f"{side} {phase}") for side in ("ours", "official")))
+        peak, official = (peak_step(args, m, phase) for m in (ours, theirs))
+        held = sum(p.nbytes for model in models_of(ours, phase) for p in model.parameters()) / 2**20
+        an_image, needed = "", held + peak
+        if phase not in ("segmentation", "export"):  # these have VOC's batch as they are
+            an_image = (peak - peak_step(args, half, phase)) / (len(ours.image) - len(half.image))
+            needed += (batch - args.batch) * an_image
+        show(phase, *times, peak, official, peak / official, an_image, needed / 1024)
+    print("MiB: peak above the weights. GiB: with them, in VOC's batch (" + ", ".join(
+        f"{phase} {batch}" for phase, batch in STEPS.items()) + "), computed with MiB/image")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -357,7 +421,9 @@ def parse_args(argv=None):
     add("--rounds", type=int, default=5, help="timed turns of each side")
     add("--batch", type=int, default=64 if cuda else 8, help="clip, step: images")
     add("--classes", type=int, default=20, help="step: K")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="clip, step")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="of ours")
+    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="step: of matrix products, as in train_cam.py")
     add("--peer", metavar="PYTHON", help="crf: one that has pydensecrf2")
     add("--photos", type=Path, metavar="DIR", help="crf: three .jpg of it too, at 500x375")
     add("--toy", action="store_true", help="small sizes, to see that the bench itself runs")

@@ -2,13 +2,15 @@
 
 Makes a VOC of random photos of 500 x 375, and random weights of ViT-B/32 and DeiT-S in the official
 formats; then runs prepare/voc.py and all stages with the voc recipe, cut to a few steps, CAMs and
-masks for a few photos. Prints every command, its time, and the largest peak memory of them all.
+masks for a few photos. Prints every command, and at the end time and peak memory of each (on a GPU
+the lines of the log tell its own memory, "gib"). Batches: 8 images, on a GPU 64.
 
   python experiments/rehearsal.py --out runs/rehearsal --photos 200 --few 4
 """
 import argparse
-import resource
+import os
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from clip_model import CLIP  # noqa: E402
 from common import write_labels  # noqa: E402
-from demo import script  # noqa: E402
 from mask_generator import ViT  # noqa: E402
 
 CLASSES = ["aeroplane", "bird", "boat", "cow", "person"]
@@ -51,9 +52,16 @@ def make_voc(root, photos):
 
 
 def timed(path, *flags):
+    """Run one of our scripts -> its command, seconds, GiB of its peak memory"""
+    words = [word for flag in flags for word in shlex.split(str(flag))]
+    print(f"$ python {path} {shlex.join(words)}", flush=True)
     began = time.time()
-    script(path, *flags)
-    print(f"{time.time() - began:.0f} s\n", flush=True)
+    child = subprocess.Popen([sys.executable, str(ROOT / path), *words])
+    _, status, used = os.wait4(child.pid, 0)
+    if status:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    phase = words[words.index("--phase") + 1] if "--phase" in words else ""
+    return f"{path} {phase}", time.time() - began, used.ru_maxrss / 2**20
 
 
 def parse_args(argv=None):
@@ -70,22 +78,24 @@ def main(args):
     torch.manual_seed(0)
     torch.save(CLIP().half().state_dict(), folder / "clip.pt")
     torch.save({"model": ViT().state_dict()}, folder / "vit.pth")
-    timed("prepare/voc.py", f"--voc {out}/VOC")
+    rows = [timed("prepare/voc.py", f"--voc {out}/VOC")]
     lines = (folder / "VOC/train.csv").read_text().splitlines(keepends=True)
     (folder / "VOC/few.csv").write_text("".join(lines[:args.few]))
-    data, vit = f"--data {out}/VOC", f"--vit {out}/vit.pth"
-    short, few = "--workers 1 --steps 2 --batch 4", "--split few"
+    data, vit, few = f"--data {out}/VOC", f"--vit {out}/vit.pth", "--split few"
+    short = f"--workers 1 --steps 3 --batch {64 if torch.cuda.is_available() else 8}"
     cam = f"{data} --clip {out}/clip.pt --out {out}/cam"
     for phase in ("classify", "match", "prompts", "refine"):
-        timed("train_cam.py", cam, vit, short, f"--phase {phase}")
-    timed("train_cam.py", cam, few, "--phase export")
-    timed("make_pseudo.py", data, few, f"--cams {out}/cam/cams --out {out}/masks")
-    timed("eval.py", data, few, f"--pred {out}/masks")
-    timed("train_seg.py", data, few, short, vit, f"--labels {out}/masks --out {out}/seg")
-    timed("eval.py", data, few, f"--checkpoint {out}/seg/seg.pt --present-only --crf none "
-          "--scales 0.5 --no-flip")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"largest peak memory of a command: {peak:.1f} GiB")
+        rows.append(timed("train_cam.py", cam, vit, short, f"--phase {phase}"))
+    rows += [
+        timed("train_cam.py", cam, few, "--phase export"),
+        timed("make_pseudo.py", data, few, f"--cams {out}/cam/cams --out {out}/masks"),
+        timed("eval.py", data, few, f"--pred {out}/masks"),
+        timed("train_seg.py", data, few, "--workers 1 --steps 3", vit,
+              f"--labels {out}/masks --out {out}/seg"),
+        timed("eval.py", data, few, f"--checkpoint {out}/seg/seg.pt --present-only --crf none "
+              "--scales 0.5 --no-flip")]
+    for title, took, peak in rows:
+        print(f"{title:<24}{took:8.0f} s{peak:8.1f} GiB")
 
 
 if __name__ == "__main__":

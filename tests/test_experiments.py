@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 from functools import reduce
@@ -130,3 +131,11 @@ def test_benches_run(what, monkeypatch, capsys):
         monkeypatch.setattr(bench, "peak_of", lambda args, measure: 1.0)
     call("bench", what, "--toy", "--rounds", 1, "--batch", 2, "--device", "cpu")
     assert "ratio" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
+def test_gpu_script_wants_a_gpu(tmp_path):
+    done = subprocess.run(["bash", "experiments/gpu.sh", tmp_path / "out"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("no CUDA device")
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
