@@ -4,19 +4,19 @@ A step whose file is there already is skipped, so an interrupted demo goes on wh
 Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
 each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
 
-  python experiments/demo.py --out runs/toy                        # about a quarter of an hour
+  python experiments/demo.py --out runs/toy                        # about eight minutes
   python experiments/demo.py --out runs/cnn --generator resnet
 """
 import argparse
+import importlib
 import json
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 from common import InputError, run, writing  # noqa: E402
 
 TABLE = {"classify": "classification CAM", "match": "matching CAM", "refine": "refined CAM",
@@ -28,22 +28,18 @@ TITLES = {"classify": "Classification: learns which classes a photo shows; looks
           "refine": "Refinement: the kept region must not match the prompt [eq. 3]"}
 
 
-def script(path, *flags):
-    """Run one of our scripts; end with its exit code if it fails."""
-    words = [path, *(word for flag in flags for word in shlex.split(str(flag)))]
-    print(f"$ python {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / path), *words[1:]])
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
 def step(title, made, path, *flags):
-    """Say what comes and run a script, unless the last file that it writes is there."""
+    """Say what comes and run one of our command lines, unless the last file that it writes is
+    there. All run in this process, which imports torch once."""
     print(f"\n# {title}", flush=True)
     if Path(*shlex.split(made)).is_file():
         print(f"{made} is there already")
-    else:
-        script(path, *flags)
+        return
+    began, words = time.time(), [word for flag in flags for word in shlex.split(str(flag))]
+    print(f"$ python {path} {shlex.join(words)}", flush=True)
+    script = importlib.import_module(Path(path).stem)
+    script.main(script.parse_args(words))
+    print(f"{time.time() - began:.0f} seconds")
 
 
 def parse_args(argv=None):
@@ -69,7 +65,7 @@ def main(args):
         temporary.write_text(json.dumps(wanted))
     out = shlex.quote(args.out)  # part of command lines from here on
     data, cam, vit = f"--data {out}/data", f"{out}/cam", f"--vit {out}/vit.pth"
-    common = f"{data} --recipe toy --seed {args.seed} --workers 0"
+    common = f"{data} --recipe toy --seed {args.seed} --workers 1"
     weights = f"--clip {out}/clip.pt --out {cam} --resume"
 
     step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a trunk",
