@@ -1,4 +1,6 @@
-"""What companion.py and ablation.py draw with. The same data gives the same bytes."""
+"""What the scripts of this folder draw with. The same data gives the same bytes."""
+from io import BytesIO
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,20 @@ HEAT = np.array([(20, 20, 90), (30, 90, 200), (90, 200, 120), (250, 220, 60), (2
 def save(picture, path):
     with writing(path) as temporary:
         picture.save(temporary)
+
+
+def save_gif(figures, path):
+    """Figures of matplotlib -> a GIF; the last one stays for 3 seconds. One palette for all, from
+    the one in the middle, and no dithering: what does not change takes no space."""
+    frames = []
+    for figure in figures:
+        figure.savefig(png := BytesIO(), format="png")
+        frames.append(Image.open(png).convert("RGB"))
+    palette = frames[len(frames) // 2].quantize(128)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    with writing(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[100] * (len(frames) - 1) + [3000])
 
 
 def sheet(rows, path, head=(), side=128, lines=0):

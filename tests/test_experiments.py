@@ -1,4 +1,5 @@
-"""docs/method.md shows the code that there is; experiments/ runs: companion, words, bench."""
+"""docs/method.md shows the code that there is; experiments/ runs: companion, words, one_photo,
+bench."""
 import html
 import importlib
 import json
@@ -18,6 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "experiments"))
 import bench  # noqa: E402
 import companion  # noqa: E402
+import one_photo  # noqa: E402
 
 TEXT = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 FIGURES = ROOT / "figures/method"
@@ -123,6 +125,30 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     shutil.copy(chain / "cam/classify.pt", tmp_path)
     state = cam(tmp_path, "--phase", "refine")  # reads them
     assert torch.allclose(state["prompts"]["u_b"], texts.mean(dim=0).expand(6, -1), atol=1e-6)
+
+
+def test_one_photo(toy, chain, tmp_path, capsys):
+    photo, gif = toy / "data/images/train_00003.jpg", tmp_path / "one.gif"  # a cow on grass
+    flags = ["--clip", toy / "clip.pt", "--image", photo, "--steps", 20, "--out", gif, "--class"]
+    call("one_photo", *flags, "cow", "--background", "grass")
+    with Image.open(gif) as picture:
+        assert picture.n_frames == 9 and picture.size == (700, 560)
+    first = gif.read_bytes()
+    call("one_photo", *flags, "cow", "--prompts", chain / "cam/prompts.pt")
+    assert gif.read_bytes() != first
+    assert "class of boat, train" in error_line(capsys, "one_photo", *flags, "zebra", "--prompts",
+                                                chain / "cam/prompts.pt")
+    with pytest.raises(SystemExit):
+        call("one_photo", *flags, "cow")
+
+    clip = companion.load_clip(toy / "clip.pt")
+    X = companion.clip_view(clip, companion.scaled_input(Image.open(photo), 1, 1, 10 ** 6))
+    u_f, *words = companion.class_texts(clip, ["cow", "grass", "sky"], "cpu").split(1)
+    grass, sky = (one_photo.optimise(clip, X, u_f, u_b, 20) for u_b in words)    # (9, 1, R, R)
+    assert torch.equal(grass[:5], sky[:5]) and (grass[0] == 0.5).all()  # matching needs no word
+    kept = [clip.encode_image(M[None] * X) for M in (grass[4], grass[8], sky[8])]
+    matched, own, other = (companion.cosine(v, words[0]).item() for v in kept)
+    assert own < other - 0.05 and own < matched - 0.05
 
 
 @pytest.mark.parametrize("what", ["clip", "crf", "eval", "step"])
