@@ -5,10 +5,10 @@ SEED ?= 0
 
 .PHONY: demo test clean
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt experiments/requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --upgrade pip
-	.venv/bin/python -m pip install -r requirements.txt
+	.venv/bin/python -m pip install -r requirements.txt -r experiments/requirements.txt
 	touch $@
 
 .venv/ready-tests: .venv/ready tests/requirements.txt
