@@ -8,10 +8,12 @@ many classes the prompt's nearest word is their own background. Mean and standar
   for s in 0 1 2; do OMP_NUM_THREADS=1 python experiments/ablation.py --seeds $s & done; wait
   python experiments/ablation.py --report          # trains nothing; the line above takes hours
   python experiments/ablation.py --only "L_T none" --seeds 0                   # a row: minutes
+  python experiments/ablation.py --table docs/results.md --out figures         # ablation.png again
 """
 import argparse
 import inspect
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -35,7 +37,7 @@ import toy  # noqa: E402
 import train_cam  # noqa: E402
 import words  # noqa: E402
 from common import Split, writing  # noqa: E402
-from pictures import plot, save  # noqa: E402
+from pictures import plot  # noqa: E402
 from train_cam import recipe_of  # noqa: E402
 
 TRUE_WORDS = dict(zip(toy.OBJECTS, toy.BACKGROUNDS))
@@ -86,10 +88,10 @@ ROWS = [
 PANELS = [  # of the picture: title, [(text below a point, its row)]
     (title, [(str(x), "the method" if x == usual else form.format(x)) for x in values])
     for title, form, values, usual in (
-        ("lambda_R", "lambda_R x {}", (0.25, 0.5, 1, 2, 4), 1),
-        ("lambda_T", "lambda_T x {}", (0.25, 1, 4), 1),
+        ("lambda_R, times the recipe's", "lambda_R x {}", (0.25, 0.5, 1, 2, 4), 1),
+        ("lambda_T, times the recipe's", "lambda_T x {}", (0.25, 1, 4), 1),
         ("prompt length", "prompt length {}", (1, 4, 30), 30),
-        ("co-occurrence", "co-occurrence {} %, the method", (50, 80, 95, 100), 95))
+        ("co-occurrence in %", "co-occurrence {} %, the method", (50, 80, 95, 100), 95))
 ]
 
 
@@ -184,37 +186,41 @@ def collect(args):
     return found
 
 
-def deviation(values):
-    return stdev(values) if len(values) > 1 else 0
+def spread(values):
+    """Mean and deviation as text; a single seed has none"""
+    return f"{mean(values):.1f} " + (f"± {stdev(values):3.1f}" if len(values) > 1 else "(1)")
 
 
-def print_table(found):
-    print(f"\n{'':<36}{'mIoU':>12}{'best score':>13}   own backgrounds   seeds")
+def table(found):
+    lines = [f"\n{'':<36}{'mIoU':>12}{'best score':>13}   own backgrounds   seeds"]
     for title, scores in found.items():
         miou, best, learned = zip(*scores)
-        cells = [f"{mean(x):5.1f} ± {deviation(x):3.1f}" if x[0] is not None else ""
-                 for x in (miou, best)]
+        cells = [spread(x) if x[0] is not None else "" for x in (miou, best)]
         named = " ".join(map(str, learned)) if learned[0] is not None else ""
-        print(f"{title:<36}{cells[0]:>12}{cells[1]:>13}   {named:<15}   {len(scores)}")
+        lines.append(f"{title:<36}  {cells[0]:<10}   {cells[1]:<10}   {named:<15}   {len(scores)}")
+    return "\n".join(lines)
+
+
+def read_results(text):
+    """The tables of docs/results.md and of this script -> {row: (mIoU, deviation, None for a single
+    seed)}; of rows of the same name the last"""
+    found = re.findall(r"^ *(\S.*?)  +([\d.]+) (?:± +([\d.]+)|\(1\))", text, re.M)
+    return {row: (float(miou), float(spread) if spread else None) for row, miou, spread in found}
 
 
 def draw(found, path):
-    """mIoU of the method over four settings, mean and deviation over the seeds"""
-    picture = Image.new("RGB", (300 * len(PANELS), 240), "white")
-    for panel, (title, points) in enumerate(PANELS):
-        at = [i for i, (_, row) in enumerate(points) if row in found]
-        scores = [[score[0] for score in found[points[i][1]]] for i in at]
-        if not at:
-            continue
-        curves = {"the method": (at, list(map(mean, scores)), list(map(deviation, scores)))}
+    """mIoU of the method over four settings. found {row: (mean, deviation or None)}"""
+    panels = []
+    for title, points in PANELS:
+        points = [(text, *found[row]) for text, row in points if row in found]
+        texts, *ys = zip(*points) if points else ((), (), ())
+        curves = {"the method": (range(len(texts)), *ys)}
         for name in ("matching only", "true background words"):
-            if name in found and title != "co-occurrence":
-                level = mean(score[0] for score in found[name])
-                curves[name] = [0, len(points) - 1], [level, level]
-        ticks = {i: text for i, (text, _) in enumerate(points)}
-        picture.paste(plot(curves, title, "mIoU, train", ticks, (), (300, 240), 40, 90),
-                      (300 * panel, 0))
-    save(picture, path)
+            if name in found and "co-" not in title:
+                curves[name] = range(len(texts)), [found[name][0]] * len(texts)
+        panels.append({"curves": curves, "x": title, "y": "mIoU, train", "high": 90,
+                       "ticks": dict(enumerate(texts))})
+    plot(path, *panels, width=3)
 
 
 def parse_args(argv=None):
@@ -226,17 +232,19 @@ def parse_args(argv=None):
     titles = [row.title for row in ROWS]
     add("--only", nargs="+", metavar="ROW", choices=titles, default=titles, help="these rows alone")
     add("--report", action="store_true", help="train nothing: table and picture of what there is")
+    add("--table", metavar="FILE", help="train nothing: the picture of a table printed earlier")
     return parser.parse_args(argv)
 
 
 def main(args):
-    for row, seed in product(ROWS, args.seeds) if not args.report else ():
+    for row, seed in product(ROWS, args.seeds) if not (args.report or args.table) else ():
         done = (places(args, row, seed)[2] / "score.json").is_file()
         if row.title in args.only and not done:
             run_row(args, row, seed)
-    if found := collect(args):
-        print_table(found)
-        draw(found, Path(args.out) / "ablation.png")
+    text = Path(args.table).read_text(encoding="utf-8") if args.table else table(collect(args))
+    if not args.table:
+        print(text)
+    draw(read_results(text), Path(args.out) / "ablation.png")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,17 @@
 from io import BytesIO
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import writing
 
-INK, GREY, FONT = (40, 40, 40), (225, 225, 225), ImageFont.load_default(11)
-COLOURS = [(40, 90, 180), (215, 100, 30), (50, 140, 80), (150, 70, 160), (120, 120, 120),
-           (190, 40, 60), (0, 140, 150)]
-# Of CAMs 0, 1/4, 1/2, 3/4, 1
-HEAT = np.array([(20, 20, 90), (30, 90, 200), (90, 200, 120), (250, 220, 60), (220, 40, 30)])
-
-
-def save(picture, path):
-    with writing(path) as temporary:
-        picture.save(temporary)
+INK, FONT, LINE = (40, 40, 40), ImageFont.load_default(11), 14
+HEAT = LinearSegmentedColormap.from_list("heat", np.array([  # of CAMs 0, 1/4, 1/2, 3/4, 1
+    (20, 20, 90), (30, 90, 200), (90, 200, 120), (250, 220, 60), (220, 40, 30)]) / 255)
 
 
 def save_gif(figures, path):
@@ -34,79 +29,77 @@ def save_gif(figures, path):
                        duration=[100] * (len(frames) - 1) + [3000])
 
 
-def sheet(rows, path, head=(), side=128, lines=0):
-    """rows of (picture, text below it of so many lines) -> a PNG with a line of headings"""
-    line = 14
-    W, H = side + 8, side + 6 + line * lines
-    picture = Image.new("RGB", (max(map(len, rows)) * W, line + 4 + len(rows) * H), "white")
+def sheet(rows, path, head=(), side=128, lines=0, bars=()):
+    """rows of (picture, text below it of so many lines) -> a PNG with a line of headings, and below
+    it colour bars (colour map, least, greatest value, label)"""
+    W, H = side + 8, side + 6 + LINE * lines
+    width, top = max(map(len, rows)) * W, LINE + 4 + len(rows) * H
+    picture = Image.new("RGB", (width, top + 56 * bool(bars)), "white")
     pen = ImageDraw.Draw(picture)
     for column, text in enumerate(head):
         pen.text((column * W + 4, 2), text, INK, FONT)
     for y, row in enumerate(rows):
         for x, (cell, text) in enumerate(row):
-            at = (x * W + 4, line + 4 + y * H)
-            picture.paste(ImageOps.contain(cell.convert("RGB"), (side, side), Image.NEAREST), at)
+            at = (x * W + 4, LINE + 4 + y * H)
+            how = Image.NEAREST if max(cell.size) <= side else Image.LANCZOS
+            picture.paste(ImageOps.contain(cell.convert("RGB"), (side, side), how), at)
             pen.text((at[0], at[1] + side + 1), text, INK, FONT)
-    save(picture, path)
+    for i, bar in enumerate(bars):
+        part = width // len(bars)
+        picture.paste(colour_bar(*bar, part), (i * part, top))
+    with writing(path) as temporary:
+        picture.save(temporary)
 
 
-def plot(curves, x_label, y_label, ticks=None, marks=(), size=(520, 300), low=None, high=None):
-    """curves {name: (xs, ys)} or {name: (xs, ys, deviations)} -> picture. ticks {x: text}, five
-    even ones if None; marks [(x, text)], vertical lines; low, high: of the y axis, or of the ys"""
-    (W, H), (left, top) = size, (52, 24)
-    right, bottom = W - 12, H - 34
-    xs, ys = ([value for curve in curves.values() for value in curve[i]] for i in (0, 1))
-    x0, x1 = min(xs), max(xs)
-    low, high = min(ys) if low is None else low, max(ys) if high is None else high
-    high = high if high > low else low + 1
+def colour_bar(colours, low, high, label, width):
+    """-> picture, 56 pixels high"""
+    figure = Figure((width / 100, 0.56), dpi=100)
+    axes = figure.add_axes((15 / width, 0.72, 1 - 30 / width, 0.22))
+    bar = figure.colorbar(ScalarMappable(Normalize(low, high), colours), cax=axes,
+                          orientation="horizontal")
+    bar.ax.tick_params(labelsize=7, length=2, pad=1)
+    bar.set_label(label, fontsize=8, labelpad=1)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
-    def place(x, y):
-        y = min(max(y, low), high)
-        return (left + (right - left) * (x - x0) / ((x1 - x0) or 1),
-                bottom - (bottom - top) * (y - low) / (high - low))
 
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
-    for y in np.linspace(low, high, 5):
-        pen.line([place(x0, y), place(x1, y)], GREY)
-        pen.text((left - 6, place(x0, y)[1]), f"{y:.{0 if high > 20 else 2}f}", INK, FONT, "rm")
-    for x, text in (ticks or {x: f"{x:g}" for x in np.linspace(x0, x1, 5).round()}).items():
-        pen.text((place(x, low)[0], bottom + 4), text, INK, FONT, anchor="ma")
-    for x, text in marks:
-        pen.line([place(x, low), place(x, high)], (150, 150, 150))
-        pen.text((place(x, low)[0] + 3, bottom - (bottom - top) / 4), text, INK, FONT)
-    at = left
-    for (name, (xs, ys, *deviations)), colour in zip(curves.items(), COLOURS):
-        pen.line([place(x, y) for x, y in zip(xs, ys)], colour, 2)
-        for x, y in zip(xs, ys) if len(xs) < 25 else ():
-            pen.circle(place(x, y), 2, colour)
-        for x, y, deviation in zip(xs, ys, *deviations) if deviations else ():
-            pen.line([place(x, y - deviation), place(x, y + deviation)], colour)
-        pen.text((at, 5), name, colour, FONT)
-        at += pen.textlength(name, FONT) + 14
-    pen.text((right, H - 14), x_label, INK, FONT, anchor="ra")
-    pen.text((6, H - 14), y_label, INK, FONT)
-    return picture
+def plot(path, *panels, width=5.2):
+    """Panels side by side -> a PNG. Of a panel: curves {name: (xs, ys)}, or {name: (xs, ys,
+    deviations)}, None for a single seed, a hollow point; x, y: labels; title; ticks {x: text}; mark
+    (x, text), a vertical line; low, high: of the y axis"""
+    figure = Figure((width * len(panels), 3.3), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (name, (xs, ys, *deviations)) in enumerate(panel["curves"].items()):
+            for bars in deviations:
+                axes.errorbar(xs, ys, [bar or 0 for bar in bars], fmt="none", ecolor=f"C{i}",
+                              capsize=3)
+                single = [j for j, bar in enumerate(bars) if bar is None]
+                axes.plot([xs[j] for j in single], [ys[j] for j in single], "o", color=f"C{i}",
+                          mfc="white", zorder=3)
+            axes.plot(xs, ys, "o-" if len(xs) < 25 else "-", color=f"C{i}", ms=4, label=name)
+        if "mark" in panel:
+            axes.axvline(panel["mark"][0], color="0.4", ls="--", lw=1, label=panel["mark"][1])
+        if "ticks" in panel:
+            axes.set_xticks(list(panel["ticks"]), panel["ticks"].values())
+        axes.set_ylim(panel.get("low", 0), panel.get("high"))
+        axes.set_xlabel(panel["x"])
+        axes.set_ylabel(panel["y"])
+        axes.set_title(panel.get("title"), fontsize=10)
+        axes.grid(color="0.9")
+        axes.legend(fontsize=8)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=100, metadata={"Software": None})
 
 
 def heat(photo, cams):
     """photo uint8 (H, W, 3) in grey under the strongest of its CAMs (n, H, W): blue 0, red 1"""
-    cam = cams.amax(dim=0).numpy() if len(cams) else np.zeros(photo.shape[:2], np.float32)
-    at = np.linspace(0, 1, len(HEAT))
-    colour = np.stack([np.interp(cam, at, channel) for channel in HEAT.T], axis=-1)
-    grey = photo.mean(axis=2, keepdims=True)
-    return Image.fromarray((0.35 * grey + 0.65 * colour).astype(np.uint8))
+    cam = cams.amax(dim=0).numpy() if len(cams) else np.zeros(photo.shape[:2])
+    return Image.fromarray((0.35 * photo.mean(axis=2, keepdims=True)
+                            + 0.65 * HEAT(cam, bytes=True)[..., :3]).astype(np.uint8))
 
 
-def blend(photo, values):
-    """photo (H, W, 3) in grey under values (H, W) in [-1, 1]: red above 0, blue below"""
-    v = np.clip(values, -1, 1)[..., None]
-    colour = np.where(v > 0, (230, 40, 30), (30, 70, 220))
-    grey = 127 + 0.5 * photo.mean(axis=2, keepdims=True)
-    return Image.fromarray(((1 - abs(v)) * grey + abs(v) * colour).astype(np.uint8))
-
-
-def grown(array, size):
-    """(h, w) -> float array of this size, bilinear"""
-    array = torch.as_tensor(array, dtype=torch.float32)[None, None]
-    return F.interpolate(array, size=size, mode="bilinear")[0, 0].numpy()
+def in_colours(values, colours, low, high):
+    """values (H, W) -> picture, in the colours that `colours` has from low to high"""
+    colours = ScalarMappable(Normalize(low, high), colours)
+    return Image.fromarray(colours.to_rgba(np.asarray(values), bytes=True)[..., :3].copy())

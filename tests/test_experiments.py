@@ -3,12 +3,12 @@ bench."""
 import html
 import importlib
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
-from functools import reduce
 
 import pytest
 import torch
@@ -17,9 +17,12 @@ from conftest import ROOT, call, error_line, files_in
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import ablation  # noqa: E402
 import bench  # noqa: E402
 import companion  # noqa: E402
 import one_photo  # noqa: E402
+from clip_model import load_clip  # noqa: E402
+from train_cam import class_texts  # noqa: E402
 
 TEXT = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 FIGURES = ROOT / "figures/method"
@@ -41,27 +44,83 @@ def test_names_in_the_text_exist():
 
 def test_numbers_are_those_of_the_tables():
     tables, text = json.loads((FIGURES / "tables.json").read_text()), " ".join(TEXT.split())
-    rows = [(name, [f"{x:.2f}" for x in row.values()]) for title in ("cosines", "losses")
-            for name, row in tables[f"growing, {title}"].items()]
+    rows = [(name, [f"{x:.2f}" for x in row.values()])
+            for name, row in tables["growing, cosines"].items()]
+    for name, hard in tables["growing, hard"].items():
+        pairs = zip(hard.values(), tables["growing, soft"][name].values())
+        rows.append((name, [", ".join(f"{x:.2f}" for x in pair if x is not None)
+                            for pair in pairs]))
+    rows += [(name, [f"{x:.1f}" for x in row.values()]) for name, row in tables["IoU"].items()]
     classes = ("all", "boat", "train", "bird", "cow", "car", "bottle")
-    beside = tables["mean cosine of patches on the object, beside it"]
-    for name in ("class text", "prompt", "true word"):
-        rows.append((name, ["{:.2f}, {:.2f}".format(*beside[f"{name}, {k}"]) for k in classes]))
-    for name, cells in rows:
-        assert f"| {name} | {' | '.join(cells)} |" in text
     pairs = tables["refined minus matching CAM, on the object, beside it"]
     assert " | ".join("{:+.3f}, {:+.3f}".format(*pairs[k]) for k in classes) in text
+    for name, cells in rows:
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    head = " | ".join(["mean", "background", *classes[1:]])
+    assert head in text and list(tables["IoU"]["matching"]) == head.split(" | ")
     shares = tables["share on the object, of pixels and of the CAM's mass"]
     assert ("mass {classify:.0%} lies on the true object after classification, {match:.0%} after "
             "matching, {refine:.0%} after").format(**shares) in text
     assert "Chosen here: {chosen}, with an mIoU of {mIoU there}".format(
         **tables["background score"]) in text
+    assert f"than its pseudo mask does on {tables['model better than its pseudo mask']} " in text
+
+
+def test_the_batch_of_section_0_is_that_of_the_tables():
+    section = TEXT[TEXT.index("## 0."):TEXT.index("## 1.")]
+    found = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", section, re.M)
+    batch = json.loads((FIGURES / "tables.json").read_text())["one batch of matching"]
+    assert found == list(batch.items()) and len(found) > 8  # in the order of returning
+
+
+def test_what_sections_3_and_5_measure():
+    tables, text = json.loads((FIGURES / "tables.json").read_text()), " ".join(TEXT.split())
+    background, blank = tables["class text against its background, a blank"]["all"]
+    floor, of_blank = tables["second term of L_match there"]
+    assert (f"cosine of {background:.2f} with a picture of its background alone, and of "
+            f"{blank:.2f} with a blank") in text
+    assert f"-0.75 log(1 - {background:.2f}) = {floor:.2f} and {of_blank:.2f}" in text
+    assert floor == pytest.approx(-0.75 * math.log(1 - background), abs=0.01)
+    assert f"first term is {-math.log(0.25):.2f} and -log(1 - c) is {-math.log(0.75):.2f}" in text
+    changed = tables["pixels that become right, become wrong, in percent"]
+    assert ("{}% are background that becomes right and {}% background that becomes wrong; {}% are "
+            "object that becomes right, {}% object that becomes wrong").format(
+                *changed["background"], *changed["object"]) in text
+    assert ("removes have an mIoU of {only removed}, with only what it adds {only added}".format(
+        **tables["mIoU"])) in text
+    before, after = tables["scores of matching, refinement"]
+    lower = tables["mIoU"]["matching, score of refinement"]
+    assert f"{after} instead of {before}" in text and f"cut at {after} has only {lower}" in text
+    share = tables["gradient on the object, share of red, of blue"]
+    pixels = tables["share on the object, of pixels and of the CAM's mass"]["pixels"]
+    assert ("covers {:.0%} of the pixels, but has only {:.0%} of the red of L_refine and {:.0%} of "
+            "the blue; of their sum it has {:.0%} and {:.0%}").format(
+                pixels, *share["L_refine"], *share["sum"]) in text
+
+
+def test_the_ablation_is_drawn_from_its_table(tmp_path):
+    results = ROOT / "docs/results.md"
+    found = ablation.read_results(results.read_text(encoding="utf-8"))
+    assert found["co-occurrence 80 %, the method"] == (78.2, None)
+    assert found["the method"] == (76.5, 1.6)  # of two tables the later one
+    for p, row in ((50, "co-occurrence 50 %, classification"),
+                   (80, "co-occurrence 80 %, classification"), (95, "classification")):
+        assert f"at {p} % " + "{} ± {}".format(*found[row]) in " ".join(
+            TEXT.replace("the classifier has ", "").lower().split())
+    scores = {"the method": [(76.5, 77.1, 6), (75, 76, 6)], "seg": [(72.04, None, None)]}
+    assert ablation.read_results(ablation.table(scores)) == {
+        "the method": (75.8, 1.1), "seg": (72, None)}
+    pictures = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        call("ablation", "--table", results, "--out", folder)
+        pictures.append((folder / "ablation.png").read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 def test_pictures_are_there_and_all_are_shown():
     shown = set(re.findall(r"\]\(\.\./figures/method/([\w.]+)\)", TEXT))
     assert shown == {path.name for path in FIGURES.iterdir()} == {
-        "tables.json", *(file for file, _, _ in companion.CAPTIONS)}
+        "tables.json", *companion.CAPTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +143,7 @@ def run(toy, chain, tmp_path_factory):
 def test_page_and_pictures(run, tmp_path):
     call("companion", "--run", run, "--figures", tmp_path)
     page = (run / "index.html").read_text()
-    pictures = re.findall(r'<img src="([^"]+)" alt="([^"]+)">', page)
+    pictures = re.findall(r'<img[^>]* src="([^"]+)" alt="([^"]+)">', page)
     assert len(pictures) == page.count("<img") > 12 and "http" not in page
     for source, alt in pictures:
         Image.open(run / html.unescape(source)).verify()
@@ -96,21 +155,74 @@ def test_page_and_pictures(run, tmp_path):
     assert files_in(run) == before
 
 
-def test_dense_features_are_the_value_path(toy):
-    """Slow twin: patch by patch"""
-    clip, X = companion.load_clip(toy / "clip.pt"), torch.rand(1, 3, 64, 64)
-    found, visual = companion.dense_features(clip, X), clip.visual
-    *blocks, last = visual.transformer.resblocks
-    patches = F.conv2d(X, visual.conv1.weight, stride=visual.patch)[0].flatten(1).t()
-    tokens = torch.cat([visual.class_embedding[None], patches]) + visual.positional_embedding
-    x = visual.ln_pre(tokens)[None]
-    x = reduce(lambda x, block: block(x, None), blocks, x)
-    weight, bias = (p.chunk(3)[2] for p in (last.attn.in_proj_weight, last.attn.in_proj_bias))
-    for patch in (0, 9, visual.grid ** 2 - 1):
-        value = last.attn.out_proj.weight @ (weight @ last.ln_1(x[0, 1 + patch]) + bias)
-        one = visual.ln_post(value + last.attn.out_proj.bias) @ visual.proj
-        same = found[0, :, patch // visual.grid, patch % visual.grid]
-        assert torch.allclose(same, one, atol=1e-4)
+@pytest.fixture
+def opened(run):
+    return companion.open_run(companion.parse_args(["--run", str(run)]))
+
+
+def test_parts_of_the_generator_make_the_fine_map(opened):
+    """[eq. W3] at the marked patch, by hand; class attention is off"""
+    name, k = opened.chosen[0]
+    for phase in companion.PHASES:
+        maps, patch = companion.parts_of(opened, phase, name, k)
+        by_hand = (maps["A_p2p"] * maps["coarse"]).sum()
+        assert maps["fine"].flatten()[patch] == maps["fine"].max()
+        assert torch.allclose(by_hand, maps["fine"].max(), rtol=1e-4)
+
+
+def test_growing_masks_end_at_the_object_and_at_the_photo():
+    inside = torch.zeros(16, 16, dtype=bool)
+    inside[4:10, 3:12] = True
+    masks = companion.growing_masks(inside)[:, 0].bool()
+    assert torch.equal(masks[companion.SHARES.index(1)], inside) and masks[-1].all()
+    assert all((small <= large).all() for small, large in zip(masks, masks[1:]))
+    assert masks[0].sum() == 6 and masks[0, 6:8, 6:9].sum() == 6  # a tenth, from the middle
+
+
+def test_gradients_are_those_of_the_losses(opened):
+    """Against a small step of the mask"""
+    name, k = opened.chosen[0]
+    M, *gradients = companion.mask_gradients(opened, name, k)
+    X, u_f, u_b = companion.view(opened, name), *(opened.texts[t][k][None]
+                                                  for t in ("class text", "prompt"))
+
+    def losses(M):
+        v_f, v_b = companion.embed_masked(opened.clip, X, M)
+        match = companion.match_loss(v_f, v_b, u_f, opened.recipe["lambda_b"])
+        refine = opened.recipe["lambda_r"] * companion.refine_loss(v_f, u_b)
+        return torch.stack([match, refine, match + refine])
+    step = torch.zeros_like(M)
+    (h, w), R = gradients[0].shape, len(M)
+    step[:R // h, :R // w] = 1e-2  # the first place
+    with torch.no_grad():
+        rise = (losses(M + step) - losses(M - step)) / (2 * step.sum())
+    assert torch.allclose(rise, torch.stack([g[0, 0] for g in gradients]), rtol=0.05, atol=1e-7)
+
+
+def test_page_of_own_photos(chain, toy, tmp_path, capsys):
+    """The README's folder, without masks: first all of it, then a run that stopped after matching.
+    The scripts that trained it saw no masks either."""
+    run, data = tmp_path / "mine", chain / "data"
+    shutil.copytree(chain / "cam", run)
+    shutil.copytree(chain / "masks", run / "masks")
+    shutil.copy(chain / "seg/seg.pt", run)
+    flags = ["--run", run, "--data", data, "--clip", toy / "clip.pt"]
+    call("companion", *flags)
+    page = (run / "index.html").read_text()
+    assert set(re.findall(r"companion/(\d\w+)", page)) == {
+        "1_inside", "1_looks", "2_regions", "4_prompts", "5_removes", "5_gradients", "6_score",
+        "6_crf", "7_model"}
+    assert "IoU" not in page.replace("their mIoU (analysis only), where", "")
+    assert json.loads((run / "companion/tables.json").read_text()).keys() == {
+        "one batch of matching", "nouns nearest to the prompt"}
+    for path in [*run.glob("refine.*"), *run.glob("prompts.*"), *run.glob("cams/*")]:
+        path.unlink()
+    call("companion", *flags)
+    page = (run / "index.html").read_text()
+    assert set(re.findall(r"companion/(\d\w+)", page)) == {
+        "1_inside", "1_looks", "2_regions", "7_model"}
+    (run / "classify.pt").unlink(), (run / "match.pt").unlink()
+    assert "expected the --out of train_cam.py" in error_line(capsys, "companion", *flags)
 
 
 def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
@@ -120,8 +232,8 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     assert "expected a line" in error_line(capsys, "words", *flags)
     file.write_text("\n".join(lines))
     call("words", *flags)
-    clip = companion.load_clip(toy / "clip.pt")
-    texts = F.normalize(companion.class_texts(clip, ["water", "sky"], "cpu"), dim=1)
+    clip = load_clip(toy / "clip.pt")
+    texts = F.normalize(class_texts(clip, ["water", "sky"], "cpu"), dim=1)
     shutil.copy(chain / "cam/classify.pt", tmp_path)
     state = cam(tmp_path, "--phase", "refine")  # reads them
     assert torch.allclose(state["prompts"]["u_b"], texts.mean(dim=0).expand(6, -1), atol=1e-6)
