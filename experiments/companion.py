@@ -157,8 +157,11 @@ def growing(r, out):
         hard = growing_masks(torch.from_numpy(truth(r, name, k, (r.clip.resolution,) * 2)))
         soft = F.adaptive_avg_pool2d(hard, grid)[:, 0]                           # (S, h, w)
         masks = torch.cat([hard, region_masks(soft, hard.shape[2:], r.recipe["eps"])])
-        v_f, v_b = embed_masked(r.clip, view(r, name).expand(len(masks), -1, -1, -1), masks)
+        X = view(r, name).expand(len(masks), -1, -1, -1)
+        v_f, v_b = embed_masked(r.clip, X, masks)
         u = {text: u[k][None] for text, u in r.texts.items()}
+        if name == photos[0][0]:
+            kept = [(as_picture(x), "") for x in X * masks]
         for row, (title, text) in zip(cosines, kinds):
             v = v_f if "kept" in title else v_b
             row += cosine(v[:len(hard)], u[text]).numpy() / len(photos)
@@ -171,6 +174,9 @@ def growing(r, out):
                      published + voc["lambda_r"] * refine)
             losses[i // len(SHARES), :, i % len(SHARES)] += np.array(terms) / len(photos)
     losses[1, :, -1] = np.nan
+    shown = [SHARES.index(share) for share in (0.25, 0.5, 1, 1.25, 1.5, 2)]
+    sheet([[kept[i] for i in shown], [kept[len(SHARES) + i] for i in shown[:-1]]],
+          out / "3_masks.png", [f"kept: {SHARES[i]:g}" for i in shown])
     names = ("first term", "L_match", "L_refine", "L_total", "L_total, VOC's weights")
     axis = {"x": "kept: 1 = the object, 2 = the whole photo", "mark": (1, "the object"),
             "ticks": {x: f"{x:g}" for x in (0.1, 0.5, 1, 1.5, 2)}}
@@ -239,7 +245,8 @@ def removes(r, out):
         M, *gradients = mask_gradients(r, name, k)
         most = max(abs(g).max() for g in gradients)
         cells = (as_picture(view(r, name)[0]), in_colours(M, "gray", 0, 1),
-                 *(in_colours(g, "RdBu_r", -most, most) for g in gradients))
+                 *(in_colours(g, "RdBu_r", -most, most).resize(M.shape, Image.NEAREST)
+                   for g in gradients))
         slopes.append([(cell, "") for cell in cells])
     sheet(rows, out / "5_removes.png", ("photo", "CAM, matching", "CAM, refined", "difference"),
           bars=[CAM_BAR, ("RdBu_r", -0.3, 0.3, "matching minus refined")])
@@ -398,10 +405,11 @@ CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what 
     "1_cooccurrence.png": ("", "mIoU of the CAMs, mean and deviation; hollow: one seed. Not of "
                            "this run: from docs/results.md."),
     "2_regions.png": ("The regions CLIP is shown", "Mask, kept and dropped region of a photo, "
-                      "cosines to texts (the true background word: analysis only)."),
-    "3_growing.png": ("L_match as a curve", "Cosines as a mask grows from the middle of the true "
-                      "object to the whole photo; means of 24 photos (analysis only)."),
-    "3_losses.png": ("", "The losses of these masks, hard, and soft as in training (analysis)."),
+                      "cosines to texts. A true background word is analysis."),
+    "3_masks.png": ("L_match as a curve", "A mask grows from the middle of the true object (1: its "
+                    "border) to the whole photo (2): hard, soft as in training (analysis only)."),
+    "3_growing.png": ("", "Cosines of these masks, means of 24 photos (analysis only)."),
+    "3_losses.png": ("", "The losses of these masks (analysis only)."),
     "4_prompts.png": ("What the prompts learn", "Cosines during prompt learning, from its log."),
     "5_removes.png": ("What refinement removes", "For each class the photo that refinement "
                       "changes most. Red: removed. Blue: added."),
@@ -409,9 +417,9 @@ CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what 
                         "loss. Blue: a larger one does."),
     "6_score.png": ("From CAM to mask", "The loss under CLIP of the 16 background scores; their "
                     "mIoU (analysis only), where there are true masks."),
-    "6_crf.png": ("", "The dense CRF after 0, 1, 3 and 10 steps; the truth, where there is one."),
-    "7_model.png": ("From masks to a model", "Pseudo mask and prediction; on the toy world the "
-                    "three photos on which the model is better by most, and the worst (analysis)."),
+    "6_crf.png": ("", "The dense CRF after 0, 1, 3 and 10 steps; truth, if known (analysis)."),
+    "7_model.png": ("From masks to a model", "Pseudo mask and prediction; with truth, the three "
+                    "photos on which the model is better by most, and the worst (analysis)."),
 }
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
 figure { margin: 1rem 0; } figcaption { color: #444; } figure div, .table { overflow-x: auto; }
@@ -438,7 +446,8 @@ def page(r, tables, logs):
         scores = json.loads((r.folder / "table.json").read_text())
         body.append(table("mIoU in percent", ((title, f"{scores[key]:.1f}")
                                                for key, title in TABLE.items())))
-    body.append(figure("strip.png", "Photo; CAM after each phase; pseudo mask and truth, if any."))
+    body.append(figure("strip.png", "Photo; CAM after each phase; pseudo mask; truth, if known "
+                       "(analysis)."))
     if found := tables.get("one batch of matching"):
         body.append(table("One batch of matching: what its functions return", found.items()))
     for file, (heading, text) in CAPTIONS.items():
