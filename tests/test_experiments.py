@@ -22,7 +22,7 @@ import bench  # noqa: E402
 import companion  # noqa: E402
 import one_photo  # noqa: E402
 from clip_model import load_clip  # noqa: E402
-from train_cam import class_texts  # noqa: E402
+from train_cam import class_texts, recipe_of  # noqa: E402
 
 TEXT = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 FIGURES = ROOT / "figures/method"
@@ -82,6 +82,9 @@ def test_what_sections_3_and_5_measure():
     assert f"-0.75 log(1 - {background:.2f}) = {floor:.2f} and {of_blank:.2f}" in text
     assert floor == pytest.approx(-0.75 * math.log(1 - background), abs=0.01)
     assert f"first term is {-math.log(0.25):.2f} and -log(1 - c) is {-math.log(0.75):.2f}" in text
+    voc = recipe_of("voc", "refine", {})
+    assert "VOC's weights are lambda_b {lambda_b} and lambda_R {lambda_r}.".format(**voc) in text
+    assert f"eps {voc['eps']}, so at most {1 / (1 + voc['eps']):.2f}" in text
     changed = tables["pixels that become right, become wrong, in percent"]
     assert ("{}% are background that becomes right and {}% background that becomes wrong; {}% are "
             "object that becomes right, {}% object that becomes wrong").format(
