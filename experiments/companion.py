@@ -115,8 +115,8 @@ def cooccurrence(r, out):
     curves = {}
     for name, at_95 in (("classification", "classification"), ("matching", "matching only"),
                         ("the method", "the method")):
-        rows = {p: f"co-occurrence {p} %, {name}" for p in (50, 80)} | {95: at_95}
-        curves[name] = tuple(zip(*((p, *found[row]) for p, row in rows.items())))
+        rows = {p: f"co-occurrence {p} %, {name}" for p in (50, 80, 100)} | {95: at_95}
+        curves[name] = tuple(zip(*((p, *found[rows[p]]) for p in sorted(rows))))
     plot(out / "1_cooccurrence.png", {
         "curves": curves, "x": "co-occurrence in %", "y": "mIoU of the CAMs, train", "high": 100,
         "ticks": {p: str(p) for p in rows}})

@@ -110,6 +110,9 @@ def test_the_ablation_is_drawn_from_its_table(tmp_path):
                    (80, "co-occurrence 80 %, classification"), (95, "classification")):
         assert f"at {p} % " + "{} ± {}".format(*found[row]) in " ".join(
             TEXT.replace("the classifier has ", "").lower().split())
+    rows = [f"co-occurrence 100 %, {name}" for name in ("classification", "matching", "the method")]
+    assert ("altogether: {} (section 1). Matching still has {} and refinement {}, one seed".format(
+        *(found[row][0] for row in rows)) in " ".join(TEXT.split()))
     scores = {"the method": [(76.5, 77.1, 6), (75, 76, 6)], "seg": [(72.04, None, None)]}
     assert ablation.read_results(ablation.table(scores)) == {
         "the method": (75.8, 1.1), "seg": (72, None)}
