@@ -2,7 +2,7 @@
 
   clip   CLIP against clip-anytorch, a copy of OpenAI's code
   crf    the dense CRF against pydensecrf2 in a Python of its own (--peer); without one, on a GPU
-         against itself on the CPU, on a CPU against dense_crf_slow, the definition, for tiny pictures
+         against itself on the CPU, on a CPU, for tiny pictures, against dense_crf_slow
   eval   scoring label PNGs against decoding the same files; the scores against torchmetrics'
   step   a step of every phase, the segmentation's, and the export of a photo, against the official
          formulation; and the memory that a GPU needs for VOC, computed from the memory per image

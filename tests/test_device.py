@@ -82,13 +82,13 @@ def test_all_stages_keep_tensors_on_their_device(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(eval, "ThreadPoolExecutor", lambda _: Context(Context()))
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, path: save(tree_map(here, state), path))
-    data = f"--data {toy}/data --split train"
+    out, data = tmp_path, f"--data {toy}/data --split train"
     train = f"{data} --recipe toy --vit {toy}/vit.pth --steps 1 --batch 4 --workers 0"
     with Constants(), Placement():
-        for module, flags in ((train_cam, f"{train} --clip {toy}/clip.pt --out {tmp_path}"),
-                              (make_pseudo, f"{data} --cams {tmp_path}/cams --out {tmp_path}/masks"),
-                              (train_seg, f"{train} --labels {tmp_path}/masks --out {tmp_path}"),
-                              (eval, f"{data} --checkpoint {tmp_path}/seg.pt")):
+        for module, flags in ((train_cam, f"{train} --clip {toy}/clip.pt --out {out}"),
+                              (make_pseudo, f"{data} --cams {out}/cams --out {out}/masks"),
+                              (train_seg, f"{train} --labels {out}/masks --out {out}"),
+                              (eval, f"{data} --checkpoint {out}/seg.pt")):
             module.main(module.parse_args(flags.split()))
 
 

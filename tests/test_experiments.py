@@ -22,7 +22,8 @@ import bench  # noqa: E402
 import companion  # noqa: E402
 import one_photo  # noqa: E402
 from clip_model import load_clip  # noqa: E402
-from train_cam import class_texts, recipe_of  # noqa: E402
+from common import scaled_input  # noqa: E402
+from train_cam import class_texts, clip_view, cosine, recipe_of  # noqa: E402
 
 TEXT = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 FIGURES = ROOT / "figures/method"
@@ -259,13 +260,13 @@ def test_one_photo(toy, chain, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("one_photo", *flags, "cow")
 
-    clip = companion.load_clip(toy / "clip.pt")
-    X = companion.clip_view(clip, companion.scaled_input(Image.open(photo), 1, 1, 10 ** 6))
-    u_f, *words = companion.class_texts(clip, ["cow", "grass", "sky"], "cpu").split(1)
+    clip = load_clip(toy / "clip.pt")
+    X = clip_view(clip, scaled_input(Image.open(photo), 1, 1, 10 ** 6))
+    u_f, *words = class_texts(clip, ["cow", "grass", "sky"], "cpu").split(1)
     grass, sky = (one_photo.optimise(clip, X, u_f, u_b, 20) for u_b in words)    # (9, 1, R, R)
     assert torch.equal(grass[:5], sky[:5]) and (grass[0] == 0.5).all()  # matching needs no word
     kept = [clip.encode_image(M[None] * X) for M in (grass[4], grass[8], sky[8])]
-    matched, own, other = (companion.cosine(v, words[0]).item() for v in kept)
+    matched, own, other = (cosine(v, words[0]).item() for v in kept)
     assert own < other - 0.05 and own < matched - 0.05
 
 
