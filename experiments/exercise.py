@@ -22,9 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 from common import InputError, run  # noqa: E402
-
-SCORED = ("classify", "match", "refine")  # phases that give CAMs
-
+from train_cam import recipe_of  # noqa: E402
 
 def call(script, *flags):
     """A script's main, in this process"""
@@ -53,7 +51,8 @@ def parse_args(argv=None):
     add("--run", type=Path, default=Path("runs/toy"), help="the --out of a finished demo")
     add("--phases", nargs="+", required=True, choices=["classify", "match", "prompts", "refine"],
         help="trained anew, in order; CAMs of the last one are scored")
-    add("--set", default="", metavar="KEY=VALUE", help="as of train_cam.py, of these phases")
+    add("--set", default="", metavar="KEY=VALUE", help="as of train_cam.py, in those of the phases "
+        "that have the key")
     add("--world", default="", help="flags of prepare/toy.py: another world, in quotes")
     add("--steps", type=int, help="fewer steps, to try it")
     return parser.parse_args(argv)
@@ -61,9 +60,13 @@ def parse_args(argv=None):
 
 def main(args):
     began, demo, folder = time.time(), args.run / "cam", args.run / "exercise"
+    if args.phases[-1] == "prompts":
+        raise InputError("--phases: prompts gives no CAMs; expected another phase last")
     if not (args.run / "table.json").is_file():
         raise InputError(f"{args.run}: no table.json; expected a finished demo; run make demo")
     seed = json.loads((args.run / "demo.json").read_text())["seed"]
+    key = args.set.split("=")[0]
+    having = [phase for phase in args.phases if key in recipe_of("toy", phase, {})] or args.phases
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(demo, folder / "demo")
     shutil.copytree(demo, folder / "yours")
@@ -78,7 +81,7 @@ def main(args):
         common = f"--data {root}/data --clip {root}/clip.pt --recipe toy --seed {seed} --workers 1"
         for phase in args.phases if name == "yours" else ():
             call("train_cam.py", common, f"--vit {root}/vit.pth --out {cam} --phase {phase}",
-                 f"--set {args.set}" if args.set else "",
+                 f"--set {args.set}" if args.set and phase in having else "",
                  f"--steps {args.steps}" if args.steps else "")
         rows[name] = score(cam, args.phases[-1], f"{root}/data", common)
     print(f"\n{'CAMs of ' + args.phases[-1]:<24}{'mIoU':>8}{'best':>8}{'background score':>20}")

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import ablation  # noqa: E402
 import bench  # noqa: E402
 import companion  # noqa: E402
 import one_photo  # noqa: E402
+import train_cam  # noqa: E402
 from clip_model import load_clip  # noqa: E402
 from common import scaled_input  # noqa: E402
 from train_cam import class_texts, clip_view, cosine, recipe_of  # noqa: E402
@@ -268,6 +270,38 @@ def test_one_photo(toy, chain, tmp_path, capsys):
     kept = [clip.encode_image(M[None] * X) for M in (grass[4], grass[8], sky[8])]
     matched, own, other = (cosine(v, words[0]).item() for v in kept)
     assert own < other - 0.05 and own < matched - 0.05
+
+
+def read_exercises():
+    """docs/method.md -> [(file or "", text, text in its place, flags)]"""
+    section = " ".join(TEXT[TEXT.index("## 8."):].split("<details>")[0].split())
+    found = []
+    for part in re.split(r" \d\. \*", section)[1:]:
+        edit = re.findall(r"In `([\w.]+)` replace `(.+?)` by `(.+?)`", part) or [("", "", "")]
+        found += [(*edit[0], flags)
+                  for flags in re.findall(r"`python experiments/exercise\.py (.+?)`", part)]
+    return found
+
+
+@pytest.mark.parametrize("file, old, new, flags", read_exercises())
+def test_exercises_run(file, old, new, flags, run, toy, tmp_path, monkeypatch, capsys):
+    for path in ("data", "cam", "clip.pt", "demo.json", "table.json"):
+        (tmp_path / path).symlink_to(run / path)
+    (tmp_path / "vit.pth").symlink_to(toy / "vit.pth")
+    if file:  # as a reader edits it
+        module = importlib.import_module(file[:-3])
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert source.count(old) == 1
+        scope = dict(vars(module))
+        exec(compile(source.replace(old, new), file, "exec"), scope)
+        name = {"mask_generator.py": "MaskGenerator", "train_cam.py": "clip_view"}[file]
+        for user in (module, train_cam):
+            monkeypatch.setattr(user, name, scope[name])
+    flags = [word + " --train 12 --val 4" if word.startswith("--c") else word
+             for word in shlex.split(flags)]
+    call("exercise", "--run", tmp_path, "--steps", "2", *flags)
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in table[:3]] == ["CAMs", "demo", "yours"]
 
 
 @pytest.mark.parametrize("what", ["clip", "crf", "eval", "step"])

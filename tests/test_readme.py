@@ -35,7 +35,7 @@ def test_functions_that_the_readme_names_exist():
 
 
 def test_table_of_files_is_in_reading_order():
-    files = re.findall(r"^\| `(\w+)\.py` \|", README, re.M)
+    files = re.findall(r"^    (\w+)\.py  ", README, re.M)
     assert [name for name in files if name != "common"] == CHAPTERS and "common" in files
     assert {path.stem for path in ROOT.glob("*.py")} == set(files)
 
