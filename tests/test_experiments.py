@@ -274,12 +274,11 @@ def test_one_photo(toy, chain, tmp_path, capsys):
 
 def read_exercises():
     """docs/method.md -> [(file or "", text, text in its place, flags)]"""
-    section = " ".join(TEXT[TEXT.index("## 8."):].split("<details>")[0].split())
-    found = []
-    for part in re.split(r" \d\. \*", section)[1:]:
-        edit = re.findall(r"In `([\w.]+)` replace `(.+?)` by `(.+?)`", part) or [("", "", "")]
-        found += [(*edit[0], flags)
-                  for flags in re.findall(r"`python experiments/exercise\.py (.+?)`", part)]
+    section, found = TEXT[TEXT.index("## 8."):].split("<details>")[0], []
+    for part in re.split(r"\n\d\. ", section)[1:]:
+        edit = re.findall(r"In `([\w.]+)` replace `(.+?)` by `(.+?)`", " ".join(part.split()))
+        found += [(*(edit or [("", "", "")])[0], flags)
+                  for flags in re.findall(r"^ +python experiments/exercise\.py (.+)$", part, re.M)]
     return found
 
 
