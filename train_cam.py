@@ -19,7 +19,7 @@ export     refine.pt, prompts.pt             nothing: writes CAMs and a backgrou
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a mask. A training phase
 writes OUT/PHASE.pt (weights, recipe) and OUT/PHASE.jsonl (the log); prompts also OUT/prompts.txt;
-export OUT/cams/NAME.npy, background.json, and made_of.json, by which --resume knows them.
+export OUT/cams/NAME.npy, background.json, made_of.json (tells --resume if they are current).
 
   python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt
                       --vit runs/toy/vit.pth --out runs/toy/cam
@@ -110,8 +110,8 @@ def cosine(a, b):
 
 
 def c(x):
-    """c(x) = clamp(x, 1e-4, 1 - 1e-4) keeps the logarithms finite. Outside, its gradient is 0:
-    harmless for -log(1 - c), but -log c cannot recover from a cosine below 1e-4."""
+    """c(x) = clamp(x, 1e-4, 1 - 1e-4) keeps the logarithms finite. Outside, its gradient is 0: -log
+    c does not recover from a cosine below 1e-4, nor -log(1 - c) from one above 1 - 1e-4."""
     return x.clamp(1e-4, 1 - 1e-4)
 
 
@@ -206,7 +206,7 @@ class Prompts(nn.Module):
         self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1)
 
     def forward(self, k):
-        """classes (N,) -> u^b (N, E); a batch shows nearly all classes: each is encoded once"""
+        """classes (N,) -> u^b (N, E). All K prompts are encoded; [k] picks the pairs'"""
         return self.clip[0].encode_prompts(self.vectors)[k]
 
 
@@ -242,7 +242,7 @@ def classification(stage):
 
 def classification_step(generator, image, labels, recipe):
     """loss = mean over photos j, classes k of -(y_jk log σ(z_jk) + (1 - y_jk) log σ(-z_jk)), and
-    over S's predictions z: of a ViT tokens, coarse and fine, of a CNN one"""
+    over S's predictions z. A ViT has three: tokens, coarse, fine. A CNN has one."""
     _, logits = generator(image)                                        # {name: (B, K)}
     losses = {name: F.multilabel_soft_margin_loss(z.float(), labels.to(image.device))
               for name, z in logits.items()}
@@ -250,7 +250,7 @@ def classification_step(generator, image, labels, recipe):
 
 
 def matching(stage):
-    """Head and fusion learn what the class text means, by L_match [eq. 1]."""
+    """Head and fusion learn masks whose kept region matches the class text: L_match [eq. 1]."""
     generator = load_generator(stage, stage.out / "classify.pt").train_through_clip()
     train(stage, generator, match_step, clip=stage.clip, u_f=stage.u_f)     # CLIP is frozen
     save_generator(stage, generator)                                    # match.pt
@@ -323,7 +323,7 @@ def train(stage, model, step_loss, **frozen):
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
     parallel.train()
     for step, (image, labels, i) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of drop path; after loading
+        torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of drop path
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * cosine_rate(step - 1, recipe)
         with mixed:
@@ -339,7 +339,7 @@ def train(stage, model, step_loss, **frozen):
 def cosine_rate(step, recipe):
     """The rate of a step: up from first_lr in the warm-up, then on half a cosine to last_lr. The
     cosine is counted from step 0, not from the end of the warm-up. With epochs the rate changes
-    once an epoch, an epoch late (timm's schedule in DeiT's loop)."""
+    that often, each time an epoch late (timm's schedule in DeiT's loop)."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
     if epochs := recipe["epochs"]:
         step = max(0, step * epochs // steps - 1) * steps / epochs

@@ -7,10 +7,10 @@ are up-sampled to pixels:
   score(patch, label) = LayerNorm over the labels of cos(P patch, Q label), P, Q matrices   [eq. S1]
   loss = mean of L_i = -log softmax(scores_i)_y over the pixels i whose label y is not 255 (ignore)
 
-Wrong pseudo masks cause high losses, so for VOC and COCO they are clipped, as in WeakTr: once the
-batch's mean of L is at most 1.2,
+Wrong pseudo masks cause high losses. For VOC and COCO these are clipped, as in WeakTr, in each
+batch whose mean of L is at most 1.2:
 
-  L_i := min(L_i, max(mean of L over i's 120 x 120 patch and the batch, mean of L))         [eq. S2]
+  L_i := min(L_i, max(mean of L over i's 120 x 120 tile of all images, mean of L))          [eq. S2]
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv, photos, and label PNGs of any origin (0 background, 1..K
 classes, 255 ignore); --labels ROOT/masks gives the fully supervised upper bound. Writes OUT/seg.pt
@@ -49,7 +49,7 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
     "trunk_lr":     (0.1,         0.1,         1),            # the trunk's share of lr
-    "norm_lr":      (1,           1,           20),           # of [eq. S1]'s LayerNorm, as above
+    "norm_lr":      (1,           1,           20),           # [eq. S1]'s LayerNorm's share of lr
     "last_lr":      (1e-5,        1e-5,        0),            # of the decoder, at the end
     "weight_decay": (0,           0,           1e-4),
     "clip_start":   (1.2,         1.2,         0),            # [eq. S2]; 0: no clipping
@@ -59,7 +59,7 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "side":         (520,         520,         64),           # short side in pixels at scale 1
     "scale":        ((0.5, 2),    (0.5, 2),    (0.75, 1.5)),  # random, before the crop
     "crop":         (480,         480,         64),
-    # of eval.py, which looks through windows of this side; toy: at the whole photo
+    # of eval.py: scales, side of its windows (None: the whole photo) and their distance, CRF
     "test_scales":  (TEST_SCALES, TEST_SCALES, (1, 1.25, 1.5)),
     "test_window":  (480,         480,         None),
     "test_stride":  (320,         320,         None),
@@ -101,7 +101,7 @@ class Segmenter(nn.Module):
 
 
 def clip_high_losses(losses, counted, start, patch):
-    """L_i := min(L_i, max(mean of L over i's patch and the batch, mean of L)) once the mean of L is
+    """L_i := min(L_i, max(mean of L over i's tile of all images, mean of L)) where the mean of L is
     at most `start`   [eq. S2]
 
     losses L (B, H, W), 0 where counted (B, H, W) is 0. Means run over the counted pixels of all
@@ -160,7 +160,7 @@ def train(out, model, photos, recipe, args, device):
 
 
 def poly_rate(step, recipe):
-    """The decoder's rate at a step: from lr down to last_lr, by a power of 0.9"""
+    """The decoder's rate at a step: from lr down to last_lr, with exponent 0.9"""
     lr, last = recipe["lr"], recipe["last_lr"]
     return last + (lr - last) * (1 - step / recipe["steps"]) ** 0.9
 
