@@ -97,7 +97,7 @@ def looks(r, out):
                          for i in p.argsort(descending=True)[:3].tolist())
         cams = [heat(np.array(photo), cams) for cams in cams_of(r, name, *r.phases)]
         rows.append([(photo, told), *((cam, "") for cam in cams)])
-    sheet(rows, out / "1_looks.png", ("photo, P(class)", *r.phases.values()), lines=3,
+    sheet(rows, out / "1_looks.png", ("photo, P(class)", *(f"CAM, {title}" for title in r.phases.values())), lines=3,
           bars=[CAM_BAR])
     if not r.true or r.cams.keys() != PHASES.keys():
         return {}
@@ -218,7 +218,7 @@ def prompts(r, out):
     rows = log_of(r.cam / "prompts.jsonl")
     curves = {f"{key}{what}": ([row["epoch"] for row in rows], [row[key] for row in rows])
               for key, what in (("sim(v_b, u_b)", ", pulled up"), ("sim(v_f, u_b)", ""),
-                                ("sim(u_f, u_b)", ", pushed down"))}
+                                ("sim(u_f, u_b)", ", pushed down a little"))}
     plot(out / "4_prompts.png", {"curves": curves, "x": "epoch", "y": "cosine", "high": 1})
     lines = (r.cam / "prompts.txt").read_text(encoding="utf-8").splitlines()
     return {"nouns nearest to the prompt": dict(line.split(": ") for line in lines)}
@@ -250,7 +250,7 @@ def removes(r, out):
         slopes.append([(cell, "") for cell in cells])
     sheet(rows, out / "5_removes.png", ("photo", "CAM, matching", "CAM, refined", "difference"),
           bars=[CAM_BAR, ("RdBu_r", -0.3, 0.3, "matching minus refined")])
-    head = ("X", "M of matching", "of L_match", "of lambda_R L_refine", "of their sum")
+    head = ("X", "M of matching", "dL_match / dM", "λ_R dL_refine / dM", "dL_total / dM")
     sheet(slopes, out / "5_gradients.png", head,
           bars=[("RdBu_r", -1, 1, "gradient on M, over the greatest of the photo")])
     if not exported:

@@ -1,7 +1,7 @@
 """One photo, one mask, no generator: why matching leaks, and what refinement does about it.
 
 The mask is a coarse grid of logits, up-sampled. It minimises L_match [eq. 1], then L_total [eq. 3]
-with a background word, or with a prompt of train_cam.py. Reads no true mask. Writes a GIF.
+with a background word, or with a prompt of train_cam.py. Weights are the toy recipe's. Reads no true mask.
 
   python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky
                                   --image runs/toy/data/images/train_00038.jpg
@@ -26,18 +26,18 @@ GRID, LR, EVERY, RECIPE = 8, 0.1, 5, recipe_of("toy", "refine", {})  # EVERY: st
 
 
 def optimise(clip, X, u_f, u_b, steps):
-    """X (1, 3, R, R), u (1, E), steps of each loss -> every fifth mask (frames, 1, R, R)"""
+    """X (1, 3, R, R), u (1, E), steps of each loss -> masks (frames, 1, R, R)"""
     z, masks, far = torch.zeros(1, 1, GRID, GRID, requires_grad=True), [], clip.visual.patch // 2
     optimizer, random = torch.optim.Adam([z], LR), torch.Generator().manual_seed(0)
     for step in range(2 * steps + 1):
         M = F.interpolate(z, size=X.shape[2:], mode="bilinear").sigmoid()        # (1, 1, R, R)
         masks.append(M.detach())
-        # A shift of up to half a patch: at rest, the mask picks up noise that only CLIP likes
+        # Without shifts, of up to half a patch, the mask fits noise that only CLIP responds to
         shift = torch.randint(-far, far + 1, (2,), generator=random).tolist()
         v_f, v_b = embed_masked(clip, X.roll(shift, (2, 3)), M.roll(shift, (2, 3)))  # (1, E)
         loss = match_loss(v_f, v_b, u_f, RECIPE["lambda_b"])                     # [eq. 1]
         loss = loss + (step >= steps) * RECIPE["lambda_r"] * refine_loss(v_f, u_b)  # [eq. 3]
-        z.grad = torch.autograd.grad(loss, z)[0]
+        z.grad = torch.autograd.grad(loss, z)[0]  # of z alone: CLIP is frozen
         optimizer.step()
     return torch.cat(masks[::EVERY])
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--image", required=True, help="a photo")
     add("--class", dest="name", required=True, help="what the mask shall keep")
     group.add_argument("--background", help="a word for what comes with it")
-    group.add_argument("--prompts", help="or OUT/prompts.pt of train_cam.py, which has --class")
+    group.add_argument("--prompts", help="or learned prompts, OUT/prompts.pt, for --class")
     add("--steps", type=int, default=100, help="of each loss (default 100)")
     add("--out", default="one_photo.gif", help="the GIF (default one_photo.gif)")
     return parser.parse_args(argv)

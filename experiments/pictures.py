@@ -22,7 +22,7 @@ def save_gif(figures, path):
     for figure in figures:
         figure.savefig(png := BytesIO(), format="png")
         frames.append(Image.open(png).convert("RGB"))
-    palette = frames[len(frames) // 2].quantize(128)
+    palette = frames[len(frames) // 2].quantize(255)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with writing(path) as temporary:
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], loop=0,
