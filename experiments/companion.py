@@ -97,8 +97,8 @@ def looks(r, out):
                          for i in p.argsort(descending=True)[:3].tolist())
         cams = [heat(np.array(photo), cams) for cams in cams_of(r, name, *r.phases)]
         rows.append([(photo, told), *((cam, "") for cam in cams)])
-    sheet(rows, out / "1_looks.png", ("photo, P(class)", *(f"CAM, {title}" for title in r.phases.values())), lines=3,
-          bars=[CAM_BAR])
+    sheet(rows, out / "1_looks.png", lines=3, bars=[CAM_BAR],
+          head=("photo, P(class)", *(f"CAM, {title}" for title in r.phases.values())))
     if not r.true or r.cams.keys() != PHASES.keys():
         return {}
     for name, k in with_one_class(r, 100):  # ANALYSIS: with true masks

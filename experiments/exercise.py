@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/toy"), help="the --out of a finished demo")
     add("--phases", nargs="+", required=True, choices=["classify", "match", "prompts", "refine"],
-        help="trained anew, in order; CAMs of the last one are scored")
+        help="trained anew, in order; all but prompts give CAMs, which are scored")
     add("--set", default="", metavar="KEY=VALUE", help="one changed value, as for train_cam.py; "
         "phases without the key ignore it")
     add("--world", default="", help="flags of prepare/toy.py: another world, in quotes")
@@ -60,8 +60,6 @@ def parse_args(argv=None):
 
 def main(args):
     began, folder = time.time(), args.run / "exercise"
-    if args.phases[-1] == "prompts":
-        raise InputError("--phases: prompts gives no CAMs; expected another phase last")
     if not (args.run / "table.json").is_file():
         raise InputError(f"{args.run}: no table.json; expected a finished demo; run make demo")
     begun = json.loads((args.run / "demo.json").read_text())
@@ -85,10 +83,14 @@ def main(args):
                  root / "resnet.pth", "--generator", begun["generator"], "--out", folder / name,
                  "--phase", phase, *(["--set", args.set] if args.set and phase in having else []),
                  *(["--steps", args.steps] if args.steps else []))
-        rows[name] = score(folder / name, args.phases[-1], root / "data", common)
-    print(f"\n{'CAMs of ' + args.phases[-1]:<24}{'mIoU':>8}{'best':>8}{'background score':>20}")
-    for name, (miou, best, chosen) in rows.items():
-        print(f"{name:<24}{miou:>8.1f}{best:>8.1f}{chosen:>20}")
+        for phase in args.phases:
+            if phase != "prompts":  # which gives no CAMs
+                rows[phase, name] = score(folder / name, phase, root / "data", common)
+    print(f"\n{'CAMs of':<24}{'mIoU':>8}{'best':>8}{'background score':>20}")
+    for phase, name in sorted(rows, key=lambda row: args.phases.index(row[0])):
+        miou, best, chosen = rows[phase, name]
+        print(f"{phase + ', ' + name:<24}{miou:>8.1f}{best:>8.1f}{chosen:>20}")
+    print((folder / "yours/prompts.txt").read_text() if "prompts" in args.phases else "")
     print(f"{(time.time() - began) / 60:.1f} minutes")
 
 

@@ -1,7 +1,7 @@
 """One photo, one mask, no generator: why matching leaks, and what refinement does about it.
 
 The mask is a coarse grid of logits, up-sampled. It minimises L_match [eq. 1], then L_total [eq. 3]
-with a background word, or with a prompt of train_cam.py. Weights are the toy recipe's. Reads no true mask.
+with a background word, or a prompt of train_cam.py, as the toy recipe weights it. Reads no mask.
 
   python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky
                                   --image runs/toy/data/images/train_00038.jpg
