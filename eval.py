@@ -226,9 +226,10 @@ def main(args):
         truth = read_labels(truths / f"{name}.png", photo.size[::-1], C)
         return np.stack([confusion_matrix(each, truth, C) for each in labels])
 
-    with ThreadPoolExecutor(1 if args.checkpoint else 4) as pool:  # decoding leaves Python's lock
+    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
         names = my_share(split.names, f"eval {split.split}")
-        counts = sum(pool.map(count, names), np.zeros((len(scores), C, C), np.int64))
+        found = map(count, names) if args.checkpoint else pool.map(count, names)
+        counts = sum(found, np.zeros((len(scores), C, C), np.int64))
     counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
     counts = sum_over_processes(counts).cpu().numpy()
     end_processes()
