@@ -44,12 +44,12 @@ TEST_SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75)
 
 TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 82,081 images
     #                voc          coco         toy
-    "steps":        (264_500,     2_052_000,   500),
+    "steps":        (264_500,     2_052_000,   750),
     "batch":        (4,           4,           8),
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
     "trunk_lr":     (0.1,         0.1,         1),            # the trunk's share of lr
-    "norm_lr":      (1,           1,           20),           # [eq. S1]'s LayerNorm's share of lr
+    "norm_lr":      (1,           1,           10),           # [eq. S1]'s LayerNorm's share of lr
     "last_lr":      (1e-5,        1e-5,        0),            # of the decoder, at the end
     "weight_decay": (0,           0,           1e-4),
     "clip_start":   (1.2,         1.2,         0),            # [eq. S2]; 0: no clipping
