@@ -44,12 +44,11 @@ TEST_SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75)
 
 TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 82,081 images
     #                voc          coco         toy
-    "steps":        (264_500,     2_052_000,   750),
+    "steps":        (264_500,     2_052_000,   1_050),
     "batch":        (4,           4,           8),
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
     "trunk_lr":     (0.1,         0.1,         1),            # the trunk's share of lr
-    "norm_lr":      (1,           1,           10),           # [eq. S1]'s LayerNorm's share of lr
     "last_lr":      (1e-5,        1e-5,        0),            # of the decoder, at the end
     "weight_decay": (0,           0,           1e-4),
     "clip_start":   (1.2,         1.2,         0),            # [eq. S2]; 0: no clipping
@@ -128,11 +127,9 @@ def segmentation_step(model, image, labels, recipe):
 
 def train(out, model, photos, recipe, args, device):
     """Minimise the segmentation loss; of mixed precision and logs see common.py."""
-    parts = {"trunk": [], "label_norm": [], "others": []}
-    for name, p in model.named_parameters():
-        parts.get(name.split(".")[0], parts["others"]).append(p)
-    shares = {"trunk": recipe["trunk_lr"], "label_norm": recipe["norm_lr"], "others": 1}
-    groups = [{"params": parts[part], "share": shares[part]} for part in parts]
+    decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
+    groups = [{"params": list(model.trunk.parameters()), "share": recipe["trunk_lr"]},
+              {"params": decoder, "share": 1}]
     if recipe["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, recipe["lr"], 0.9, nesterov=True,
                                     weight_decay=recipe["weight_decay"])

@@ -40,7 +40,7 @@ def test_published_figures(name, images):
     assert [recipe[key] for key in keys] == published[name]
     seg = seg_recipe(name)
     assert seg["steps"] == 100 * (images // 4) and seg["batch"] == 4
-    assert (seg["lr"], seg["trunk_lr"], seg["norm_lr"], seg["last_lr"]) == (1e-4, 0.1, 1, 1e-5)
+    assert (seg["lr"], seg["trunk_lr"], seg["last_lr"]) == (1e-4, 0.1, 1e-5)
     assert (seg["clip_start"], seg["clip_patch"]) == (1.2, 120)
     assert PRESETS["voc-test"] == dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3))
 
