@@ -250,7 +250,7 @@ def removes(r, out):
         slopes.append([(cell, "") for cell in cells])
     sheet(rows, out / "5_removes.png", ("photo", "CAM, matching", "CAM, refined", "difference"),
           bars=[CAM_BAR, ("RdBu_r", -0.3, 0.3, "matching minus refined")])
-    head = ("X", "M of matching", "dL_match / dM", "λ_R dL_refine / dM", "dL_total / dM")
+    head = ("X", "M of matching", "dL_match / dM", "lambda_R dL_refine/dM", "dL_total / dM")
     sheet(slopes, out / "5_gradients.png", head,
           bars=[("RdBu_r", -1, 1, "gradient on M, over the greatest of the photo")])
     if not exported:

@@ -4,7 +4,7 @@ A step whose file is there already is skipped, so an interrupted demo goes on wh
 Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
 each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
 
-  python experiments/demo.py --out runs/toy                        # about eight minutes
+  python experiments/demo.py --out runs/toy                        # about ten minutes
   python experiments/demo.py --out runs/cnn --generator resnet
 """
 import argparse
