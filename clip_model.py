@@ -198,8 +198,8 @@ class Linear(nn.Linear):
 def linear(x, weight, bias=None):
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out); on a CPU by a 1x1
     convolution: torch gives matrix products to MKL, which does without the widest instructions of
-    AMD's processors, but convolutions to oneDNN, except on one thread (half the time on AMD, equal
-    on Intel: experiments/bench.py clip)."""
+    AMD's processors, but convolutions to oneDNN, except on one thread (half the time on AMD, no
+    gain on Intel: experiments/bench.py clip)."""
     if not x.is_cpu or x.numel() == 0 or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
     column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)    # (1, in, rows, 1), no copy

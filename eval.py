@@ -70,7 +70,7 @@ def iou(matrix):
 
 def slide(model, x, window, stride, batch=8):
     """x (B, 3, H, W) -> scores (B, C, H, W), means over windows `stride` pixels apart, the last at
-    the border; `most` windows of the B images at a time"""
+    the border; `batch` of them go through the model at a time"""
     B, _, H, W = x.shape
     h, w = min(window, H), min(window, W)
     places = list(product([*range(0, H - h, stride), H - h], [*range(0, W - w, stride), W - w]))

@@ -27,7 +27,7 @@ common="--data $world/data --recipe toy --clip $world/clip.pt"
 mkdir -p "$out"
 
 part() {  # part TITLE FUNCTION ARGUMENTS: what it prints goes to the table, its stderr to a log
-    local began=$SECONDS outcome=passed log="$out/${2}_${3:-}.log"
+    local began=$SECONDS outcome=passed log="$out/${2}_${3:-}_${5:-}.log"
     "${@:2}" >"$out/part.txt" 2>"$log" || { outcome="FAILED, see $log"; failed=1; }
     { echo; echo "# $1: $outcome, $((SECONDS - began)) s"; cat "$out/part.txt"; } |
         tee -a "$out/gpu.txt"
@@ -38,7 +38,8 @@ quietly() { "$@" >&2; }
 cams() {  # cams FOLDER DEVICE: matching, prompts, refinement from FOLDER/classify.pt; their CAMs
     local cam=$out/$1
     for phase in match prompts refine; do
-        quietly $python train_cam.py $common --out "$cam" --device "$2" --phase $phase $steps || return
+        quietly $python train_cam.py $common --out "$cam" --device "$2" --phase $phase $steps ||
+            return
     done
     for phase in match refine; do
         quietly $python train_cam.py $common --out "$cam" --device "$2" --phase export \
@@ -71,8 +72,8 @@ train_like_cpu() {
 
 match_30() {  # match_30 FOLDER DEVICE COMMAND: 30 steps of matching in float32
     mkdir -p "$out/$1" && cp "$out/cpu/classify.pt" "$out/$1" &&
-        quietly "${@:3}" train_cam.py $common --out "$out/$1" --device "$2" --phase match --steps 30 \
-            --batch 8 --precision float32 --workers 0 --resume
+        quietly "${@:3}" train_cam.py $common --out "$out/$1" --device "$2" --phase match \
+            --steps 30 --batch 8 --precision float32 --workers 0 --resume
 }
 
 one_process_group() {
