@@ -232,8 +232,9 @@ def main(args):
         counts = sum(found, np.zeros((len(scores), C, C), np.int64))
     counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
     counts = sum_over_processes(counts).cpu().numpy()
+    reports = rank() == 0  # afterwards there are no ranks
     end_processes()
-    if rank():
+    if not reports:
         return
 
     # ---- report

@@ -87,8 +87,9 @@ def test_two_processes_write_what_one_writes(root, chain, tmp_path):
         eval.main(eval.parse_args([*data, "--checkpoint", "{chain}/seg/seg.pt", "--scales", "1",
                                    "--save", out + "/saved", "--json", out + "/s.json"]))"""
     run_script("-c", code, tmp_path / "1")
-    run_script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python",
-               sys.executable, "-c", code, tmp_path / "2")
+    told = run_script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                      "--no-python", sys.executable, "-c", code, tmp_path / "2")
+    assert told.count("mIoU") == 1  # one process reports, and writes the scores
     assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
     assert len(files_in(tmp_path / "1")) == 3 + 1 + 2 * 3 + 1
 
