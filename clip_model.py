@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 from common import (
-    InputError, fetch_weights, load_weights, read_image, read_tensors, run, start_processes)
+    InputError, digest, fetch_weights, load_weights, read_image, read_tensors, run, start_processes)
 
 # B images or texts, K classes, h w patch grid, A heads of attention, D width of a tower, E width of
 # the features, T tokens, P prompt length, R side of the image in pixels
@@ -53,6 +53,8 @@ MODELS = {  # name: SHA-256 / file, as the URL ends
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L/14@336px":
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
 }
 
 
@@ -285,21 +287,30 @@ def tokenize(texts, context_length=77, truncate=False):
 # ---- Weights, images, and the words nearest to a learned prompt ----------------------------------
 
 def load_clip(name_or_path, device="cpu"):
-    """A name of MODELS (downloaded once) or a checkpoint file -> CLIP in eval mode, frozen"""
+    """A name of MODELS (downloaded once) or a checkpoint file -> CLIP in eval mode, frozen; .sha256
+    is the file's. TorchScript runs its own code while it is loaded, so only OpenAI's is loaded."""
     path = Path(name_or_path)
     if name_or_path in MODELS:
         model = MODELS[name_or_path]
         path = fetch_weights(OPENAI + model, model.split("/")[0])
     expected = f"OpenAI's CLIP with a ViT: a whole file, or one of {', '.join(MODELS)}"
     try:
+        sha256 = digest(path)
         with zipfile.ZipFile(path) as archive:  # of TorchScript, as OpenAI ships it, or torch.save
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        state = (dict(torch.jit.load(path, map_location="cpu").state_dict()) if scripted
-                 else read_tensors(path, expected))
+        if not scripted:
+            state = read_tensors(path, expected)
+        elif sha256 in {model.split("/")[0] for model in MODELS.values()}:
+            state = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        else:
+            raise InputError(f"{path}: TorchScript, and not a file of OpenAI's; it would run code "
+                             "of its own; if you trust it, convert it: "
+                             f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
         clip = build_clip(state, path, expected)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path}: not a readable CLIP ({reason}); expected {expected}") from None
+    clip.sha256 = sha256
     return clip.requires_grad_(False).eval().to(device)
 
 

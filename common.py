@@ -8,6 +8,7 @@ import csv
 import datetime
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -58,6 +59,9 @@ def start_processes(device):
     if cuda := cuda and device != "cpu":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
+        if missing := {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ):
+            raise InputError(f"RANK is set and {min(missing)} is not; expected the variables that "
+                             "torchrun sets; start by torchrun, or unset RANK")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
@@ -120,21 +124,71 @@ def writing(path):
         temporary.unlink(missing_ok=True)
 
 
-def clear_unless_made_of(origin, folder, files, keep=True):
-    """Remove these files of a folder unless folder/made_of.json says that they were made of the
-    same origin (a dict of plain values), so that finished files of a killed run can be kept."""
-    note, origin = Path(folder) / "made_of.json", json.dumps(origin, indent=1) + "\n"
-    if not (keep and note.is_file() and note.read_text() == origin):
-        for file in files:
-            (Path(folder) / file).unlink(missing_ok=True)
-        with writing(note) as temporary:
-            temporary.write_text(origin)
+def save(path, state):
+    """torch.save by way of memory: torch's own stream calls a full disk a RuntimeError"""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with writing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def digest(data):
-    """Bytes, or the path of a file -> the first 16 hexadecimal digits of the SHA-256"""
-    data = Path(data).read_bytes() if isinstance(data, (str, Path)) else data
-    return hashlib.sha256(data).hexdigest()[:16]
+    """SHA-256 of a file, given as Path, or of plain values -> hexadecimal"""
+    data = data.read_bytes() if isinstance(data, Path) else json.dumps(data).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def folder_digest(folder, files):
+    """SHA-256 of the names and sizes of these files in a folder, and of its made_of.json"""
+    paths = [Path(folder, file) for file in files]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise InputError(f"{missing[0]}: no such file, 1 of {len(missing)}; expected one for each "
+                         f"photo, {len(files)} in all")
+    note = Path(folder, "made_of.json")
+    return digest([[[path.name, path.stat().st_size] for path in paths],
+                   note.read_text() if note.is_file() else ""])
+
+
+# What a file was made of is its record, a dict of plain values: hyper-parameters, and digests of
+# the inputs. A checkpoint holds it as "record", a folder of PNG or .npy files in made_of.json.
+
+def check_record(path, before, now, again):
+    """--resume keeps what was made of the same inputs; else raises InputError."""
+    for key in before | now:
+        if (old := json.dumps(before.get(key))) != (new := json.dumps(now.get(key))):
+            raise InputError(f"{path}: made with {key} {old:.20}, now it is {new:.20}; {again}, or "
+                             "pass another --out")
+
+
+def kept(path, record, resume, again):
+    """The checkpoint at path if --resume keeps it, else None. Raises InputError if it has another
+    record, or none: then it is not ours to replace."""
+    if path.is_file():
+        state = read_checkpoint(path, "record", "pass another --out")
+        if resume:
+            check_record(path, state["record"], record, again)
+            return state
+
+
+def claim(folder, files, record, resume=False, reads=()):
+    """Make a folder ready for these output files: it is ours if it holds made_of.json; then old
+    files of these names go, or, with --resume, stay if they have the same record. Raises InputError
+    before anything changes if others of that kind are there, or the run reads from the folder."""
+    note = Path(folder, "made_of.json")
+    for place, ending in {(Path(folder, file).parent, Path(file).suffix) for file in files}:
+        if place.exists() and any(os.path.exists(x) and place.samefile(x) for x in reads):
+            raise InputError(f"{place}: this run reads from there; pass another folder to write to")
+        others = [path for path in place.glob("[!.]*") if path.suffix.lower() == ending]
+        if others and not note.is_file():
+            raise InputError(f"{others[0]}: no run of ours made it, as made_of.json is not there; "
+                             "expected a new folder, or one of ours; pass another one")
+    if resume and note.is_file():
+        return check_record(note, json.loads(note.read_text()), record,
+                            "the same command without --resume makes all anew")
+    for file in files:
+        Path(folder, file).unlink(missing_ok=True)
+    with writing(note) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def fetch_weights(url, sha256):
@@ -166,7 +220,7 @@ def read_tensors(path, expected):
 def read_checkpoint(path, key, remedy):
     """A checkpoint of this project -> dict. key: the entry that makes it the right one"""
     state = read_tensors(path, f"a checkpoint of this project; {remedy}")
-    if not isinstance(state, dict) or not {key, "recipe"} <= set(state):
+    if not isinstance(state, dict) or not {key, "record"} <= set(state):
         raise InputError(f"{path}: has no {key!r}; expected another checkpoint; {remedy}")
     return state
 
@@ -184,20 +238,6 @@ def load_weights(make, state, path, expected):
                          ) from None
 
 
-def check_recipe(path, before, now):
-    for key in now:
-        if before.get(key) != now[key]:
-            raise InputError(f"{path}: begun with {key} {before.get(key)}, now it is {now[key]}; "
-                             "use the same, or delete that file to begin anew")
-
-
-def is_finished(path, recipe, resume):
-    """Whether --resume may keep a checkpoint: it is there, and was made with the same recipe"""
-    if resume and path.is_file():
-        check_recipe(path, read_checkpoint(path, "recipe", "delete it")["recipe"], recipe)
-    return resume and path.is_file()
-
-
 def check_classes(path, found, split):
     if found != split.classes:
         raise InputError(f"{path}: trained for {len(found)} classes, {', '.join(found[:4])}, ...; "
@@ -209,6 +249,7 @@ def check_classes(path, found, split):
 
 PALETTE = [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8))
            for i in range(256) for c in range(3)]  # VOC's colours
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))  # EXIF orientation
 
 
 def read_image(path, upright=True):
@@ -217,7 +258,8 @@ def read_image(path, upright=True):
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+            turn = TURNS.get(image.getexif().get(0x0112)) if upright else None
+            return (image if turn is None else image.transpose(turn)).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
         raise InputError(f"{path}: not a readable image ({error}); expected a JPEG, a PNG or "
                          "another image file; replace it") from None
@@ -249,7 +291,7 @@ def read_labels(path, size, num_labels):
             if picture.mode not in ("P", "L"):
                 raise ValueError(f"mode {picture.mode}: colours, not class numbers")
             labels = np.array(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
         raise InputError(f"{path}: no readable label picture ({error}); expected a palette or grey "
                          "PNG of class numbers") from None
     if size not in (None, labels.shape):
@@ -286,7 +328,8 @@ class Split:
 
     names: of the photos, without folder and ending; CAMs and masks have the same. paths {name:
     file}; labels {name: (K,) bool}; classes (K); words (K), the classes as CLIP is told them;
-    upright: whether EXIF orientation counts; digest: of the whole list and its labels."""
+    upright: whether EXIF orientation counts; digest: of names, labels, EXIF switch and sizes in
+    bytes; folders: of the photos and their masks, in which nothing is written."""
 
     def __init__(self, root, split):
         self.root, self.split = Path(root), split
@@ -301,7 +344,12 @@ class Split:
                              f"{len(number)} different ones; expected 1 to 254, each once, none "
                              "empty or called background")
         self.paths, self.labels, table = {}, {}, self.root / f"{split}.csv"
-        for row in csv.reader(self.read(table.name, "a line `PATH,CLASS;CLASS` per photo")):
+        try:
+            rows = list(csv.reader(self.read(table.name, "a line `PATH,CLASS;CLASS` per photo")))
+        except csv.Error as error:
+            raise InputError(f"{table}: no table ({error}); expected a line `PATH,CLASS;CLASS` per "
+                             "photo; look for a quote that is not closed") from None
+        for row in rows:
             found = [name.strip() for name in ";".join(row[1:]).split(";") if name.strip()]
             path = self.root / "".join(row[:1]).strip()
             if not row or path == self.root:
@@ -317,10 +365,12 @@ class Split:
             self.labels[path.stem] = np.zeros(len(number), bool)
             self.labels[path.stem][[number[name] for name in found] or slice(0)] = True
         self.names = list(self.paths)
-        self.digest = digest(b"".join(name.encode() + self.labels[name].tobytes()
-                                      for name in self.names))
         if not self.names:
             raise InputError(f"{table}: empty; expected a line `PATH,CLASS;CLASS` per photo")
+        self.folders = {self.root / "masks", *(path.parent for path in self.paths.values())}
+        self.digest = digest([self.classes, self.upright, [
+            [name, np.flatnonzero(self.labels[name]).tolist(), path.stat().st_size]
+            for name, path in self.paths.items()]])
 
     def read(self, file, expected):
         try:
@@ -356,6 +406,8 @@ def load_batches(dataset, recipe, start, device, workers):
     n, batch, seed = len(dataset), recipe["batch"], recipe["seed"]
     if batch < world():
         raise InputError(f"batch {batch} for {world()} processes; expected an image for each")
+    if workers < 0:
+        raise InputError(f"--workers {workers}: expected 0 or more loading processes")
     places = (range(step * batch + rank(), (step + 1) * batch, world())
               for step in range(start, recipe["steps"]))
     batches = ([(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]
@@ -374,71 +426,68 @@ def share_of_all(n, device):
 
 
 class Journal:
-    """What a training run writes every steps // 60 steps: OUT/PHASE.part, from which --resume goes
-    on exactly, and OUT/PHASE.jsonl, its log. step: the last one done."""
+    """What a training run writes on the way, 60 times and at least every 500 steps: OUT/PHASE.part,
+    from which --resume continues exactly, and OUT/PHASE.jsonl, its log. In the end OUT/PHASE.pt
+    takes the place of PHASE.part. step: the last one done."""
 
-    def __init__(self, path, recipe, model, optimizer, scaler, names, resume):
-        self.part, self.log = path.with_suffix(".part"), path.with_suffix(".jsonl")
-        self.recipe, self.names, self.steps = recipe, names, recipe["steps"]
+    def __init__(self, path, record, model, optimizer, scaler, resume, again, replaced):
+        self.path, self.record, self.steps = path, record, record["steps"]
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        self.step, self.rows, self.window = 0, [], []
-        if resume and self.part.is_file():
-            remedy = f"delete it to begin {path.stem} anew"
-            state = read_checkpoint(self.part, "rows", remedy)
-            check_recipe(self.part, state["recipe"], recipe)
-            try:
-                for name, part in self.parts.items():
-                    if state[name]:  # a GradScaler's is empty if the precision needed none
-                        part.load_state_dict(state[name])
-                self.step, self.rows = state["step"], state["rows"]
-            except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise InputError(f"{self.part}: does not fit ({error!r:.150}); {remedy}") from None
+        self.step, self.rows, self.sums = 0, [], 0
+        if state := kept(path.with_suffix(".part"), record, resume, again):
+            for name, part in self.parts.items():
+                if state[name]:  # a GradScaler's is empty if the precision needed none
+                    part.load_state_dict(state[name])
+            self.step, self.rows = state["step"], state["rows"]
+        self.save()  # all inputs were good and the disk has room: now older files may go
         self.start, self.began = self.step, time.time()
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.stem,
+        for file in replaced if rank() == 0 else []:
+            file.unlink(missing_ok=True)
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.name,
                         disable=None if rank() == 0 else True)
 
-    def write(self, step, images, values, n):
-        """Gather {name: mean over n} of a step of these images; now and then, log and save."""
-        self.window.append((images, {key: x.detach() for key, x in values.items()}, n))
-        self.step = step
-        self.bar.update()
-        if step % max(1, self.steps // 60) and step < self.steps:
-            return
+    def save(self):
+        if rank() == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            save(self.path.with_suffix(".part"),
+                 state | {"step": self.step, "rows": self.rows, "record": self.record})
+            with writing(self.path.with_suffix(".jsonl")) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, step, photos, values, n):
+        """Add {name: mean over n} of a step to the sums; now and then, log and save. photos: how
+        many an epoch has"""
         device = values["loss"].device
-        sums = torch.stack([torch.stack([values[key].double() * n for key in values]
-                                        + [torch.full((), n, device=device).double()])
-                            for _, values, n in self.window]).sum(dim=0)
-        *sums, n = sum_over_processes(sums).tolist()
+        self.step, n = step, torch.full((), n, dtype=torch.float64, device=device)
+        self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in values.values())])
+        self.bar.update()
+        if step % max(1, min(self.steps // 60, 500)) and step < self.steps:
+            return
+        n, *sums = sum_over_processes(self.sums).tolist()
         means = {key: round(x / max(1, n), 5) for key, x in zip(values, sums)}
-        self.check(means["loss"])
-        done, took = (step - self.start) * self.recipe["batch"], time.time() - self.began
-        row = {"phase": self.part.stem, "step": step,
-               "epoch": round(step * self.recipe["batch"] / len(self.names), 2), **means,
+        weights = [p for p in self.parts["model"].parameters() if p.requires_grad]
+        last = self.rows[-1]["step"] if self.rows else 0
+        if not (math.isfinite(sums[0]) and all(p.isfinite().all() for p in weights)):
+            raise InputError(f"{self.path}: loss {means['loss']} or weights not finite in steps "
+                             f"{last + 1} to {step}; begin again with a lower lr")
+        done, took = (step - self.start) * self.record["batch"], time.time() - self.began
+        row = {"phase": self.path.name, "step": step,
+               "epoch": round(step * self.record["batch"] / photos, 2), **means,
                "lr": self.parts["optimizer"].param_groups[-1]["lr"],
                "images_per_s": round(done / took, 1),
                "eta_s": round(took / (step - self.start) * (self.steps - step)),
                "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if
                device.type == "cuda" else 0}
-        self.window = []
+        self.sums = 0
         self.rows.append(row)
+        self.save()
         if rank() == 0:
             tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
                                   f"{key} {value}" for key, value in row.items()))
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            with writing(self.part) as temporary:
-                torch.save(state | {"step": step, "rows": self.rows, "recipe": self.recipe},
-                           temporary)
-            with writing(self.log) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def check(self, loss):
-        """Stop before anything that is not a number is saved."""
-        weights = self.parts["model"].parameters()
-        if math.isfinite(loss) and all(p.isfinite().all() for p in weights if p.requires_grad):
-            return
-        odd = [i for i, values, _ in self.window if not values["loss"].isfinite()]
-        names = ", ".join(self.names[i] for i in (odd or [i for i, _, _ in self.window])[0])
-        raise InputError(f"{self.part.stem}, step {self.step}: loss {loss} or weights not finite, "
-                         f"first with the images {names or 'of another process'}; expected "
-                         "numbers; go on from the last good state with --resume, or begin anew "
-                         "with a lower lr or without these photos")
+    def finish(self, **state):
+        wait_for_all()
+        if rank() == 0:
+            save(self.path.with_suffix(".pt"), state | {"record": self.record})
+            self.path.with_suffix(".part").unlink()
+        wait_for_all()

@@ -18,9 +18,9 @@ import argparse
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,14 +28,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import (
-    PALETTE, InputError, Split, autocast, check_classes, end_processes, my_share, rank, read_cams,
-    read_image, read_labels, run, scaled_input, start_processes, sum_over_processes, write_labels,
-    writing)
-from make_pseudo import PRESETS, background_score, dense_crf, score_labels
+    PALETTE, InputError, Split, autocast, check_classes, claim, digest, end_processes, my_share,
+    rank, read_cams, read_labels, run, scaled_input, start_processes, sum_over_processes,
+    wait_for_all, write_labels, writing)
+from make_pseudo import BACKGROUND_SCORE, PRESETS, check_score, dense_crf, score_labels
 from train_seg import load_segmenter
 
 # B images, K classes, C = K + 1 labels, H W pixels
 
+SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75)
+TEST = {  # by the recipe of train_seg.py: a window of None is the whole photo
+    "voc":  dict(scales=SCALES, window=480, stride=320, crf="voc-test"),
+    "coco": dict(scales=SCALES, window=480, stride=320, crf="prob"),
+    "toy":  dict(scales=(1, 1.25, 1.5), window=None, stride=None, crf="prob"),
+}
 LARGEST = 1024  # pixels of the longest side: larger photos are shrunk for model and CRF
 SWEEP = [round(0.02 * i, 2) for i in range(1, 50)]  # background scores that --oracle-sweep tries
 
@@ -86,17 +92,18 @@ def slide(model, x, window, stride, batch=8):
 
 @torch.no_grad()
 def predict(model, photo, recipe, flip, device):
-    """PIL photo -> probabilities (C, H, W): mean softmax over scales and mirror images (test_*)"""
+    """PIL photo -> probabilities (C, H, W): mean softmax over scales and mirror images.
+    recipe: a row of TEST, and side, the short side at scale 1"""
     W, H = photo.size
-    short, window, total = min(H, W), recipe["test_window"], 0
+    short, window, total = min(H, W), recipe["window"], 0
     # As in Segmenter, no side is shorter than a window: of 520, scales 0.5 and 0.75 are both 480
-    sides = [max(scale * recipe["side"], window or 0) for scale in recipe["test_scales"]]
+    sides = [max(scale * recipe["side"], window or 0) for scale in recipe["scales"]]
     for side, times in Counter(sides).items():
         patches = 8192 if window else 2048  # at most
         x = scaled_input(photo, side / short, model.trunk.patch, patches).to(device)
         x = torch.cat([x, x.flip(3)]) if flip else x                     # (2 or 1, 3, h, w)
         with autocast(device, "auto"):
-            scores = slide(model, x, window, recipe["test_stride"]) if window else model(x)
+            scores = slide(model, x, window, recipe["stride"]) if window else model(x)
         scores = torch.cat([scores[:1], scores[1:].flip(3)])             # (2 or 1, C, h, w)
         scores = F.interpolate(scores, size=(H, W), mode="bilinear")
         total = total + times * scores.softmax(dim=1).mean(dim=0)
@@ -104,12 +111,12 @@ def predict(model, photo, recipe, flip, device):
 
 
 def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):
-    """PIL photo -> labels uint8 (H, W), of those in ids, after a dense CRF (test_crf) among the
+    """PIL photo -> labels uint8 (H, W), of those in ids, after a dense CRF among the
     labels that win at some pixel"""
     view = photo.copy()
     view.thumbnail((LARGEST, LARGEST))  # smaller ones stay as they are
     prob = predict(model, view, recipe, flip, device)[ids]                       # (len(ids), h, w)
-    labels, preset = prob.argmax(0), PRESETS[recipe["test_crf"]]
+    labels, preset = prob.argmax(0), PRESETS[recipe["crf"]]
     if preset:
         winners = labels.unique()
         Q = dense_crf(torch.from_numpy(np.array(view)), prob[winners], preset["gaussian"],
@@ -137,7 +144,61 @@ def overlay(photo, labels):
     return Image.fromarray(((1 - share) * photo + share * veil).astype(np.uint8))
 
 
-# -------------------------------------------------------------------------------------------------
+class Photos(Split):
+    """All photos of a folder, without labels"""
+
+    def __init__(self, folder, classes):
+        endings = Image.registered_extensions()
+        paths = [path for path in sorted(Path(folder).glob("[!.]*"))
+                 if path.suffix.lower() in endings]
+        self.paths = {path.stem: path for path in paths}
+        if not 0 < len(self.paths) == len(paths):
+            raise InputError(f"{folder}: {len(paths)} photos, {len(self.paths)} names before the "
+                             "ending; expected one or more, with different names")
+        self.root, self.split, self.classes, self.upright = Path(folder), folder, classes, True
+        self.names, self.folders = list(self.paths), {Path(folder)}
+        self.labels = dict.fromkeys(self.names, np.zeros(len(classes), bool))
+
+
+# ---- What is scored: name, photo -> labels (H, W), one for each background score tried -----------
+
+def labels_of_pngs(args, split):
+    C = len(split.classes) + 1
+    return lambda name, photo: [read_labels(f"{args.pred}/{name}.png", photo.size[::-1], C)]
+
+
+def labels_of_cams(args, split):
+    scores = [args.background_score, *(SWEEP if args.oracle_sweep else [])]
+
+    def labels(name, photo):
+        present = np.flatnonzero(split.labels[name])
+        cams = read_cams(args.cams, name, present, photo.size[::-1])
+        return [score_labels(cams, present, score) for score in scores]
+    return labels
+
+
+def labels_of_model(args, split, model, recipe, device):
+    def labels(name, photo):
+        ids = [0, *(1 + np.flatnonzero(split.labels[name]))] if args.present_only else slice(None)
+        return [predict_labels(model, photo, recipe, args.flip, device, ids)]
+    return labels
+
+
+def count(name, split, labels_of, save, scored):
+    """Confusion matrices (scores, C, C) of a photo, whose prediction is written if asked"""
+    photo, C = split.image(name), len(split.classes) + 1
+    labels = labels_of(name, photo)
+    if save:
+        write_labels(Path(save) / f"{name}.png", labels[0])
+        with writing(Path(save) / f"overlays/{name}.jpg") as temporary:
+            overlay(np.asarray(photo), labels[0]).save(temporary)
+    if not scored:
+        return 0
+    truth = read_labels(split.root / f"masks/{name}.png", photo.size[::-1], C)
+    return np.stack([confusion_matrix(each, truth, C) for each in labels])
+
+
+# ---- Command line --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Scores against masks, or predicts photos.",
@@ -150,14 +211,15 @@ def parse_args(argv=None):
     group.add_argument("--cams", metavar="DIR", help="score CAMs, cut at the background score")
     group.add_argument("--checkpoint", metavar="FILE", help="score a segmentation model, seg.pt")
     add("--split", default="val", help="ROOT/SPLIT.csv: the photos")
-    add("--background-score", default="auto", metavar="T", help="--cams: a number in (0, 1), or "
-        "auto: what train_cam.py's export chose; no mask is read for it")
+    add("--background-score", type=float, metavar="T", help="--cams: in (0, 1); None: "
+        f"{BACKGROUND_SCORE}, WeakTr's, found there with train masks of VOC (COCO: 0.42)")
     add("--oracle-sweep", action="store_true", help="--cams: also the best background score, FOUND "
         "WITH THE MASKS: for analysis, not for results")
     add("--present-only", action="store_true", help="--checkpoint: only background and the classes "
         "that the csv says a photo shows, as published scores of masks on train have it")
     add("--scales", type=float, nargs="+", help="--checkpoint: image scales (None: the recipe's)")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too")
+    add("--flip", action=argparse.BooleanOptionalAction, help="--checkpoint: mirror images too "
+        "(None: yes)")
     add("--crf", choices=list(PRESETS), help="--checkpoint: dense CRF (None: the recipe's)")
     add("--save", metavar="DIR", help="write the predicted label PNGs and DIR/overlays/NAME.jpg; a "
         "split without masks is predicted and not scored")
@@ -166,100 +228,96 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def photos_of(folder, classes):
-    """Any photos, with what this file needs of a Split; no labels"""
-    endings = Image.registered_extensions()
-    paths = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in endings]
-    photos = {path.stem: path for path in paths}
-    if not 0 < len(photos) == len(paths):
-        raise InputError(f"{folder}: {len(paths)} photos, {len(photos)} names before the ending; "
-                         "expected one or more, with different names")
-    return SimpleNamespace(root=Path(folder), split=folder, classes=classes, paths=photos,
-                           names=list(photos), image=lambda name: read_image(photos[name]),
-                           labels=dict.fromkeys(photos, np.zeros(len(classes), bool)))
+def check_flags(args):
+    """Refuse what the chosen mode would ignore."""
+    for mode, flags in (("cams", ("background_score", "oracle_sweep")),
+                        ("checkpoint", ("present_only", "scales", "flip", "crf", "images"))):
+        given = [flag for flag in flags if getattr(args, flag) not in (None, False)
+                 or flag == "flip" and args.flip is False]
+        if given and not getattr(args, mode):
+            raise InputError(f"--{given[0].replace('_', '-')}: only with --{mode}")
+    if args.images and (args.present_only or not args.save):
+        raise InputError("--images: these photos have no labels; " + (
+            "leave out --present-only" if args.present_only else "pass --save, a folder for them"))
+    if args.scales and not min(args.scales) > 0:
+        raise InputError(f"--scales {args.scales}: expected numbers above 0")
 
 
 def main(args):
-    device, scores, how = start_processes(args.device), [None], None
-    if args.checkpoint:
-        model, recipe, classes = load_segmenter(args.checkpoint)
-        model = model.to(device)
-        recipe |= {"test_scales": tuple(args.scales or recipe["test_scales"]),
-                   "test_crf": args.crf or recipe["test_crf"]}
-    elif args.images:
-        raise InputError("--images: photos without labels need --checkpoint seg.pt")
-    split = Split(args.data, args.split) if args.data else photos_of(args.images, classes)
-    if args.checkpoint:
-        check_classes(args.checkpoint, classes, split)
+    check_flags(args)
+    device = start_processes(args.device)
+
+    # ---- what is scored
+    mode = "pred" if args.pred else "cams" if args.cams else "checkpoint"
+    source = Path(getattr(args, mode))
+    how = {}  # it was scored
     if args.cams:
-        score, how = background_score(args.background_score, args.cams)
-        scores = [score, *(SWEEP if args.oracle_sweep else [])]
-    C, truths = len(split.classes) + 1, split.root / "masks"
+        how = {"background_score": args.background_score, "background_score_chosen": "given"}
+        if args.background_score is None:
+            args.background_score = BACKGROUND_SCORE
+            how = {"background_score": BACKGROUND_SCORE,
+                   "background_score_chosen": "WeakTr's, found with train masks of VOC"}
+        check_score(args.background_score)
+    if args.checkpoint:
+        model, name, side, classes = load_segmenter(source)
+        args.flip = args.flip is not False
+        recipe = TEST[name] | {"side": side}
+        recipe |= {"scales": args.scales or recipe["scales"], "crf": args.crf or recipe["crf"]}
+        how = {"scales": recipe["scales"], "flip": args.flip, "crf": recipe["crf"],
+               "present_only": args.present_only}
+        split = Photos(args.images, classes) if args.images else Split(args.data, args.split)
+        check_classes(source, classes, split)
+        labels_of = labels_of_model(args, split, model.to(device), recipe, device)
+    else:
+        split = Split(args.data, args.split)
+        labels_of = labels_of_pngs(args, split) if args.pred else labels_of_cams(args, split)
+    if args.present_only and not any(shown.any() for shown in split.labels.values()):
+        raise InputError(f"--present-only: {args.split}.csv names no class of any photo, so only "
+                         "background would remain; leave it out")
+    truths = split.root / "masks"
     scored = not args.save or any((truths / f"{name}.png").is_file() for name in split.names)
-    read_from = {truths.resolve(), *(path.resolve().parent for path in split.paths.values())}
-    if args.save and Path(args.save).resolve() in read_from:
-        raise InputError(f"{args.save}: photos or masks are there and would be overwritten; use "
-                         "another folder")
+    note = source if args.checkpoint else source / "made_of.json"
+    record = digest(note) if note.is_file() else None
+    if args.save and rank() == 0:
+        files = [file for name in split.names for file in (f"{name}.png", f"overlays/{name}.jpg")]
+        claim(args.save, files, {"predicted_by": record, **how}, reads=[*split.folders, source])
+    wait_for_all()
 
     # ---- predict and count
-    def labels_of(name, photo):
-        """Labels (H, W) of a photo, one for each background score tried"""
-        present = np.flatnonzero(split.labels[name])
-        if args.pred:
-            return [read_labels(f"{args.pred}/{name}.png", photo.size[::-1], C)]
-        if args.cams:
-            cams = read_cams(args.cams, name, present, photo.size[::-1])
-            return [score_labels(cams, present, score) for score in scores]
-        ids = [0, *(1 + present)] if args.present_only else slice(None)
-        return [predict_labels(model, photo, recipe, args.flip, device, ids)]
-
-    def count(name):
-        """Confusion matrices (scores, C, C) of a photo, whose prediction is written if asked"""
-        photo = split.image(name)
-        labels = labels_of(name, photo)
-        if args.save:
-            write_labels(Path(args.save) / f"{name}.png", labels[0])
-            with writing(Path(args.save) / f"overlays/{name}.jpg") as temporary:
-                overlay(np.asarray(photo), labels[0]).save(temporary)
-        if not scored:
-            return 0
-        truth = read_labels(truths / f"{name}.png", photo.size[::-1], C)
-        return np.stack([confusion_matrix(each, truth, C) for each in labels])
-
+    C = len(split.classes) + 1
+    work = partial(count, split=split, labels_of=labels_of, save=args.save, scored=scored)
     with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
         names = my_share(split.names, f"eval {split.split}")
-        found = map(count, names) if args.checkpoint else pool.map(count, names)
-        counts = sum(found, np.zeros((len(scores), C, C), np.int64))
+        counts = sum(map(work, names) if args.checkpoint else pool.map(work, names),
+                     np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64))
     counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
     counts = sum_over_processes(counts).cpu().numpy()
     reports = rank() == 0  # afterwards there are no ranks
     end_processes()
-    if not reports:
-        return
+    if reports:
+        report(args, split, mode, counts, how, record, scored)
 
-    # ---- report
-    what = "pred" if args.pred else "cams" if args.cams else "checkpoint"
-    source = args.pred or args.cams or args.checkpoint
-    details = (f", scales {recipe['test_scales']}, flip {args.flip}, CRF {recipe['test_crf']}"
-               + ", present classes only" * args.present_only if args.checkpoint else
-               f", background score {scores[0]} ({how})" if args.cams else "")
+
+def report(args, split, mode, counts, how, record, scored):
+    """Print the table, write the JSON. counts (scores, C, C)"""
+    details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in how.items())
     if not scored:
         print(f"{args.save}: labels of {len(split.names)} photos{details}, not scored: no masks; 0 "
               "background, " + ", ".join(f"{i} {name}" for i, name in enumerate(split.classes, 1)))
         return
+    if not counts[0].any():
+        raise InputError(f"{split.root / 'masks'}: every pixel is 255 (ignore); expected some with "
+                         "a label")
     labels, per_class = ["background", *split.classes], 100 * iou(counts[0])
     result = {"miou": round(float(np.nanmean(per_class)), 6),
               "iou": {name: None if np.isnan(value) else round(float(value), 6)
                       for name, value in zip(labels, per_class)},
-              "list": split.split, "images": len(split.names), what: source,
-              "background_score": scores[0], "background_score_chosen": how}
-    if args.checkpoint:
-        result |= {"scales": recipe["test_scales"], "flip": args.flip, "crf": recipe["test_crf"],
-                   "present_only": args.present_only}
+              "list": split.split, "images": len(split.names), mode: getattr(args, mode), **how,
+              "record": record}
     for name, value in result["iou"].items():
         print(f"{name:>16}  {'  absent' if value is None else f'{value:8.2f}'}")
-    print(f"{'mIoU':>16}  {result['miou']:8.2f}   {what} {source} on {len(split.names)} images of "
-          f"{split.split}{details}")
+    print(f"{'mIoU':>16}  {result['miou']:8.2f}   {mode} {getattr(args, mode)} on "
+          f"{len(split.names)} images of {split.split}{details}")
     if args.oracle_sweep:
         found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts[1:]]
         best = int(np.argmax(found))

@@ -31,7 +31,6 @@ of other programs become ours with prepare/foreign.py.
   torchrun --nproc-per-node 4 make_pseudo.py ... the same ...      # processes share the photos
 """
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import (
-    InputError, Split, clear_unless_made_of, digest, end_processes, my_share, rank, read_cams, run,
+    InputError, Split, claim, end_processes, folder_digest, my_share, rank, read_cams, run,
     start_processes, wait_for_all, write_labels)
 
 # n classes that a photo shows, H W pixels, C labels of a CRF, V = H*W, M lattice points,
@@ -55,6 +54,7 @@ PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weig
     "voc-test": dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3)),  # WeakTr, VOC, test
     "none": None,
 }
+BACKGROUND_SCORE = 0.43  # WeakTr's for VOC, found there with masks of the training images
 
 
 # ---- CAMs -> pseudo mask ------------------------------------------------------------------------
@@ -306,24 +306,11 @@ def dense_crf(image, prob, gaussian=(3, 3), bilateral=(50, 5, 10), iterations=10
     return Q.t().reshape(prob.shape)
 
 
-# ---- Background score and command line -----------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
-def background_score(choice, folder):
-    """--background-score -> (score, how it was chosen): a number in (0, 1), or "auto", the one that
-    train_cam.py wrote beside the CAMs. No mask is read."""
-    path, how = Path(folder) / "background.json", "given"
-    try:
-        if choice == "auto":
-            how = "auto: chosen by CLIP, no true mask used"
-            choice = json.loads(path.read_text())["background_score"]
-        if 0 < float(choice) < 1:
-            return float(choice), how
-        problem = f"background score {choice}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problem = f"no background score ({error})"
-    raise InputError(f"{path if how != 'given' else '--background-score'}: {problem}; expected a "
-                     "number in (0, 1); give one, --background-score 0.4, or let train_cam.py "
-                     "--phase export choose it, which takes OUT/prompts.pt")
+def check_score(score):
+    if not 0 < score < 1:
+        raise InputError(f"--background-score {score}: expected a number in (0, 1)")
 
 
 def read_segments(folder, name, size):
@@ -333,7 +320,7 @@ def read_segments(folder, name, size):
         segments = np.array(Image.open(path)).astype(np.int64)
         if segments.shape != size or not 0 <= segments.min() <= segments.max() < 2**16:
             raise ValueError(f"{segments.shape} pixels (height, width), its photo {size}")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
         raise InputError(f"{path}: no readable segments ({error}); expected a label picture of the "
                          "photo's size; prepare/foreign.py --segments makes it of SAM's files"
                          ) from None
@@ -347,10 +334,12 @@ def parse_args(argv=None):
     add("--data", required=True, metavar="ROOT", help="as for train_cam.py")
     add("--split", default="train", help="ROOT/SPLIT.csv: the photos")
     add("--cams", required=True, metavar="DIR", help="NAME.npy of train_cam.py or foreign.py")
-    add("--out", required=True, metavar="DIR", help="where NAME.png go; finished ones are kept "
-        "if they were made of the same CAMs in the same way")
-    add("--background-score", default="auto", metavar="T", help="in (0, 1), higher gives smaller "
-        "masks; auto: chosen by train_cam.py's export, without masks")
+    add("--out", required=True, metavar="DIR", help="where NAME.png go")
+    add("--resume", action="store_true", help="keep the finished ones of a killed run of the same "
+        "inputs; without it all are made anew")
+    add("--background-score", type=float, default=BACKGROUND_SCORE, metavar="T",
+        help="in (0, 1), higher gives smaller masks; 0.43 (VOC) and 0.42 (COCO) are WeakTr's, "
+        "found there with train masks; on other data a guess")
     add("--segments", metavar="DIR", help="class-agnostic segments, each of which takes one "
         "label: NAME.png, of prepare/foreign.py --segments")
     add("--crf", choices=list(PRESETS), default="voc", help="dense CRF: voc (WeakTr, SemPLeS), "
@@ -361,17 +350,20 @@ def parse_args(argv=None):
 
 def main(args):
     device = start_processes(args.device)
+    check_score(args.background_score)
     split = Split(args.data, args.split)
-    score, how = background_score(args.background_score, args.cams)
+    shown = [name for name in split.names if split.labels[name].any()]
+    record = {"background_score": args.background_score, "crf": args.crf, "photos": split.digest,
+              "cams": folder_digest(args.cams, [f"{name}.npy" for name in shown])}
+    if args.segments:
+        record["segments"] = folder_digest(args.segments, [f"{n}.png" for n in split.names])
+    for name in shown[:1]:  # CAMs of another kind show before finished masks are removed
+        read_cams(args.cams, name, np.flatnonzero(split.labels[name]), (8, 8))
     if rank() == 0:
-        first = split.names[0]  # a wrong folder shows before finished masks are removed
-        read_cams(args.cams, first, np.flatnonzero(split.labels[first]), (8, 8))
-        origin = {folder: digest(note) if (note := Path(folder) / "made_of.json").is_file() else ""
-                  for folder in (args.cams, args.segments) if folder}
-        origin |= {"score": score, "crf": args.crf, "photos": split.digest}
-        clear_unless_made_of(origin, args.out, [f"{name}.png" for name in split.names])
-        print(f"background score {score} ({how}), CRF {args.crf}, {len(split.names)} images of "
-              f"{args.split}")
+        claim(args.out, [f"{name}.png" for name in split.names], record, args.resume,
+              [*split.folders, *filter(None, (args.cams, args.segments))])
+        print(f"background score {args.background_score}, CRF {args.crf}, {len(split.names)} "
+              f"images of {args.split}")
     wait_for_all()
     for name in my_share(split.names, "pseudo masks"):
         if (path := Path(args.out) / f"{name}.png").is_file():
@@ -381,7 +373,8 @@ def main(args):
         if args.segments:
             segments = read_segments(args.segments, name, photo.shape[:2])
             cams = average_in_segments(cams, segments)
-        write_labels(path, pseudo_mask(photo, cams, present, score, args.crf, device))
+        write_labels(path, pseudo_mask(photo, cams, present, args.background_score,
+                                       args.crf, device))
     end_processes()
 
 

@@ -24,6 +24,7 @@ CLIMS. With f_c its last features:
 Reads DeiT checkpoints ({"model": state dict}, timm's names) and torchvision's ResNets.
 """
 import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -288,11 +289,23 @@ class ResNet(nn.Module):
 
 # ---- Weights ------------------------------------------------------------------------------------
 
-def load_vit(path, drop_path=0.0):
-    """A name of VITS (downloaded once) or a DeiT checkpoint -> ViT, float32. Sizes come from the
-    shapes; its own classifier is left out. Raises InputError for anything else."""
-    if path in VITS:
-        path = fetch_weights(DEIT + VITS[path], VITS[path][-12:-4])
+def weight_file(name):
+    """A name of VITS or RESNETS, downloaded once, or a file -> Path"""
+    if name in VITS:
+        return fetch_weights(DEIT + VITS[name], VITS[name][-12:-4])
+    if name in RESNETS:
+        url = get_model_weights(name).IMAGENET1K_V1.url
+        return fetch_weights(url, url.rpartition("-")[2][:-4])
+    if not Path(name).is_file():
+        raise InputError(f"{name}: no such file; expected a checkpoint, or one of "
+                         f"{', '.join([*VITS, *RESNETS])}")
+    return Path(name)
+
+
+def load_vit(name, drop_path=0.0):
+    """A name of VITS or a DeiT checkpoint -> ViT, float32. Sizes come from the shapes; its own
+    classifier is left out. Raises InputError for anything else."""
+    path = weight_file(name)
     state = read_weights(path, ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"),
                          "a DeiT", "--vit", VITS)
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -303,12 +316,10 @@ def load_vit(path, drop_path=0.0):
                         "a DeiT with timm's names")
 
 
-def load_resnet(path):
-    """A name of RESNETS (downloaded once) or torchvision's state dict -> ResNet, float32, without
-    its classifier. Raises InputError for anything else."""
-    if path in RESNETS:
-        url = get_model_weights(path).IMAGENET1K_V1.url
-        path = fetch_weights(url, url.rpartition("-")[2][:-4])
+def load_resnet(name):
+    """A name of RESNETS or torchvision's state dict -> ResNet, float32, without its classifier.
+    Raises InputError for anything else."""
+    path = weight_file(name)
     state = read_weights(path, ("conv1.weight", "bn1.weight", "layer4.0.conv1.weight"),
                          "a ResNet", "--resnet", RESNETS)
     stages = re.findall(r"\blayer(\d)\.(\d+)\.conv1\.weight", " ".join(state))

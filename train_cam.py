@@ -14,12 +14,12 @@ classify   an ImageNet trunk                 all of S                        sof
 match      classify.pt                       head and attention fusion *     L_match
 prompts    random; regions of match.pt       the prompts p; S is frozen      L_prompt
 refine     classify.pt, prompts.pt           head and attention fusion *     L_total
-export     refine.pt, prompts.pt             nothing: writes CAMs and a background score
+export     refine.pt                         nothing: writes CAMs
 * of the ViT; all of a CNN (--generator resnet), its trunk at a lower rate
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a mask. A training phase
-writes OUT/PHASE.pt (weights, recipe) and OUT/PHASE.jsonl (the log); prompts also OUT/prompts.txt;
-export OUT/cams/NAME.npy, background.json, made_of.json (tells --resume if they are current).
+writes OUT/PHASE.pt (weights, and the record of what they were made of) and OUT/PHASE.jsonl (the
+log); prompts also OUT/prompts.txt; export OUT/cams/NAME.npy and made_of.json (their record).
 
   python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt
                       --vit runs/toy/vit.pth --out runs/toy/cam
@@ -28,34 +28,29 @@ export OUT/cams/NAME.npy, background.json, made_of.json (tells --resume if they 
 """
 import argparse
 import ast
-import json
 import math
 import os
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from clip_model import CLIP, CLIP_MEAN, CLIP_STD, load_clip, nearest_words, read_nouns, tokenize
+from clip_model import CLIP_MEAN, CLIP_STD, load_clip, nearest_words, read_nouns, tokenize
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_classes,
-    clear_unless_made_of, digest, end_processes, is_finished, load_batches, load_weights,
-    mixed_seed, my_share, rank, read_checkpoint, run, scaled_input, share_of_all, start_processes,
-    wait_for_all, world, writing)
-from mask_generator import CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_classes, claim, digest,
+    end_processes, kept, load_batches, load_weights, mixed_seed, my_share, rank, read_checkpoint,
+    run, scaled_input, share_of_all, start_processes, wait_for_all, world, writing)
+from mask_generator import (
+    CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit, weight_file)
 
 # B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E width of CLIP's
 # features, P prompt length, R side of CLIP's input
-
-SCORES = tuple(round(0.05 * i, 2) for i in range(3, 19))  # 0.15 to 0.90
 
 TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82,081 images
     #                                 voc         coco           toy
@@ -91,15 +86,13 @@ TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82
     ("training", "epochs"):          (60,         60,            None),   # see cosine_rate
     ("training", "crop"):            (224,        224,           64),     # side in pixels
     ("training", "min_area"):        (0.08,       0.08,          0.4),    # least share of the photo
-    ("training", "augment"):         (True,       True,          False),  # not in prompts
-    ("training", "drop_path"):       (0.1,        0.1,           0),      # not in prompts
+    ("classify match refine", "augment"): (True,  True,          False),
+    ("classify match refine", "drop_path"): (0.1, 0.1,           0),
     ("export", "scales"):            ((1, 1.2),   (1, 0.8, 1.2), (1, 1.2)),
-    ("export", "scores"):            (SCORES,     SCORES,        SCORES),  # background scores tried
-    ("export", "images"):            (200,        200,           200),    # photos used for that
 }
 RECIPES = ("voc", "coco", "toy")
 WORDS = {"repel": ("text", "text-log", "image"), "pool": ("max", "mean")}
-COUNTS = ("steps", "batch", "length", "reduction", "crop", "images")
+COUNTS = ("steps", "batch", "length", "reduction", "crop")
 
 
 # ---- Losses: features (N, E) -> a scalar, 0 without any pair -------------------------------------
@@ -215,29 +208,16 @@ class Prompts(nn.Module):
 # it returns ({name: scalar}, n): "loss" is minimised, all are logged; n is the number averaged over
 # -------------------------------------------------------------------------------------------------
 
-@dataclass
-class Stage:
-    """What a phase is given"""
-    phase: str
-    recipe: dict
-    split: Split
-    out: Path
-    device: torch.device
-    args: argparse.Namespace
-    clip: CLIP = None
-    u_f: torch.Tensor = None  # (K, E), class texts
-
-
-def classification(stage):
+def classification(args, recipe, split, device):
     """All of S learns which classes a photo shows, by a multi-label soft margin."""
-    args, recipe, K = stage.args, stage.recipe, len(stage.split.classes)
+    K = len(split.classes)
     if args.generator == "resnet":
         generator = CNNGenerator(load_resnet(args.resnet), K)           # starts from ImageNet
     else:
         generator = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K,
                                   recipe["class_attention"], recipe["pool"], recipe["reduction"])
-    train(stage, generator.to(stage.device), classification_step)       # all of it trains
-    save_generator(stage, generator)                                    # classify.pt
+    journal = train(generator.to(device), classification_step, split, recipe, args, device)
+    save_generator(journal, generator, split)                           # classify.pt
 
 
 def classification_step(generator, image, labels, recipe):
@@ -249,11 +229,13 @@ def classification_step(generator, image, labels, recipe):
     return {"loss": sum(losses.values()) / len(losses), **losses}, len(image)
 
 
-def matching(stage):
+def matching(args, recipe, split, device, clip, u_f):
     """Head and fusion learn masks whose kept region matches the class text: L_match [eq. 1]."""
-    generator = load_generator(stage, stage.out / "classify.pt").train_through_clip()
-    train(stage, generator, match_step, clip=stage.clip, u_f=stage.u_f)     # CLIP is frozen
-    save_generator(stage, generator)                                    # match.pt
+    generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
+    generator.train_through_clip()
+    journal = train(generator.to(device), match_step, split, recipe, args, device,
+                    clip=clip, u_f=u_f)                                 # CLIP is frozen
+    save_generator(journal, generator, split)                           # match.pt
 
 
 def match_step(generator, image, labels, recipe, clip, u_f):
@@ -262,15 +244,17 @@ def match_step(generator, image, labels, recipe, clip, u_f):
     return {"loss": match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])}, len(k)
 
 
-def prompt_learning(stage):
+def prompt_learning(args, recipe, split, device, clip, u_f):
     """The prompts learn to name what the masks drop, by L_prompt [eq. 2]."""
-    generator = load_generator(stage, stage.out / "match.pt").eval().requires_grad_(False)  # frozen
-    prompts = Prompts(stage.clip, len(stage.split.classes), stage.recipe["length"])
-    train(stage, prompts.to(stage.device), prompt_step, generator=generator, clip=stage.clip,
-          u_f=stage.u_f)
+    generator = load_generator(args.out / "match.pt", split).eval().requires_grad_(False)  # frozen
+    prompts = Prompts(clip, len(split.classes), recipe["length"])
+    journal = train(prompts.to(device), prompt_step, split, recipe, args, device,
+                    generator=generator.to(device), clip=clip, u_f=u_f)
     with torch.no_grad():
-        u_b = stage.clip.encode_prompts(prompts.vectors)                # (K, E)
-    save_prompts(stage, u_b, vectors=prompts.vectors.detach().cpu())    # prompts.pt, prompts.txt
+        u_b = clip.encode_prompts(prompts.vectors)                      # (K, E)
+    write_words(args.out, u_b, split, clip)                             # prompts.txt
+    journal.finish(u_b=u_b.cpu(), vectors=prompts.vectors.detach().cpu(),   # prompts.pt
+                   classes=split.classes)
 
 
 def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
@@ -284,13 +268,15 @@ def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
             "sim(v_f, u_b)": pair_mean(cosine(v_f, u_b))}, len(k)
 
 
-def refinement(stage):
+def refinement(args, recipe, split, device, clip, u_f):
     """As matching, and the kept region must not match the background prompts: L_total [eq. 3].
-    As published it starts from classify.pt, not from match.pt, whose masks leak already."""
-    generator = load_generator(stage, stage.out / "classify.pt").train_through_clip()
-    u_b = load_prompts(stage)                                           # (K, E), frozen
-    train(stage, generator, refine_step, clip=stage.clip, u_f=stage.u_f, u_b=u_b)
-    save_generator(stage, generator)                                    # refine.pt
+    As published it starts from classify.pt, not from match.pt."""
+    generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
+    generator.train_through_clip()
+    u_b = load_prompts(args.out / "prompts.pt", split, clip)            # (K, E), frozen
+    journal = train(generator.to(device), refine_step, split, recipe, args, device,
+                    clip=clip, u_f=u_f, u_b=u_b.to(device))
+    save_generator(journal, generator, split)                           # refine.pt
 
 
 def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
@@ -304,9 +290,8 @@ def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
 
 # ---- The loop ------------------------------------------------------------------------------------
 
-def train(stage, model, step_loss, **frozen):
-    """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] by AdamW."""
-    recipe, args, device = stage.recipe, stage.args, stage.device
+def train(model, step_loss, split, recipe, args, device, **frozen):
+    """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] by AdamW -> Journal"""
     trunk, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -316,13 +301,13 @@ def train(stage, model, step_loss, **frozen):
                                   weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
     mixed = autocast(device, args.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
-    photos = Crops(stage.split, recipe, augment=recipe["augment"] and stage.phase != "prompts")
-    journal = Journal(stage.out / stage.phase, recipe, model, optimizer, scaler,
-                      stage.split.names, args.resume)
+    journal = Journal(args.out / recipe["phase"], recipe, model, optimizer, scaler, args.resume,
+                      again(recipe["phase"]), replaced(args, recipe["phase"], split))
+    photos = Crops(split, recipe)
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
     parallel.train()
-    for step, (image, labels, i) in enumerate(batches, journal.step + 1):
+    for step, (image, labels) in enumerate(batches, journal.step + 1):
         torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of drop path
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * cosine_rate(step - 1, recipe)
@@ -333,7 +318,8 @@ def train(stage, model, step_loss, **frozen):
         scaler.scale(values["loss"] * share_of_all(n, device)).backward()
         scaler.step(optimizer)
         scaler.update()
-        journal.write(step, i, values, n)
+        journal.write(step, len(photos), values, n)
+    return journal
 
 
 def cosine_rate(step, recipe):
@@ -349,10 +335,10 @@ def cosine_rate(step, recipe):
 
 
 class Crops(Dataset):
-    """Item (epoch, i): a view (3, crop, crop), ImageNet-normalised, labels (K,), i."""
+    """Item (epoch, i): a view (3, crop, crop), ImageNet-normalised, and labels (K,)."""
 
-    def __init__(self, split, recipe, augment):
-        self.split, self.seed = split, recipe["seed"]
+    def __init__(self, split, recipe):
+        self.split, self.seed, augment = split, recipe["seed"], recipe.get("augment")
         grey = [round(255 * value) for value in IMAGENET_MEAN]
         rand_augment = v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, grey)
         self.view = v2.Compose([
@@ -373,46 +359,24 @@ class Crops(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, epoch, i))
             image = self.view(self.split.image(name))
-        return image, torch.from_numpy(self.split.labels[name]).float(), i
+        return image, torch.from_numpy(self.split.labels[name]).float()
 
 
-# ---- Export: CAMs, and the score below which a pixel is background -------------------------------
+# ---- Export --------------------------------------------------------------------------------------
 
-def export(stage):
-    """Write the CAMs of refine.pt (or --checkpoint), and the background score for them."""
-    args, recipe, split, device = stage.args, stage.recipe, stage.split, stage.device
-    source = Path(args.checkpoint or stage.out / "refine.pt")
-    generator = load_generator(stage, source).eval()
-    u_b = load_prompts(stage) if stage.clip else None  # may refuse: before the work
-    folder = Path(args.cams or stage.out / "cams")
+def export(args, recipe, split, device):
+    """Write the CAMs of refine.pt, or of --checkpoint."""
+    generator = load_generator(args.checkpoint, split).eval().to(device)
     if rank() == 0:
-        origin = {"generator": digest(source), "scales": list(recipe["scales"]),
-                  "photos": split.digest}
-        clear_unless_made_of(origin, folder, [f"{name}.npy" for name in split.names], args.resume)
-        (folder / "background.json").unlink(missing_ok=True)
+        claim(args.cams, [f"{name}.npy" for name in split.names], recipe, args.resume,
+              split.folders)
     wait_for_all()
     for name in my_share(split.names, "export"):
-        if not (folder / f"{name}.npy").is_file():
+        if not (args.cams / f"{name}.npy").is_file():
             present = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)
             maps = photo_cams(generator, split.image(name), present, recipe["scales"])
-            with writing(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+            with writing(args.cams / f"{name}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, maps.cpu().numpy().astype(np.float16))
-    wait_for_all()
-    if stage.clip is None:
-        print(f"no {stage.out / 'prompts.pt'}: choose --background-score in make_pseudo.py")
-        return
-    losses = background_losses(stage, folder, u_b)
-    if rank() == 0 and len(losses):
-        score, low, high = choose_score(losses, recipe["scores"])
-        means = dict(zip(recipe["scores"], losses.mean(dim=0).tolist()))
-        with writing(folder / "background.json") as temporary:
-            temporary.write_text(json.dumps({"background_score": score, "losses": means,
-                                             "not_told_apart": [low, high]}, indent=1))
-        print("losses of the scores: " + ", ".join(f"{s} {x:.3f}" for s, x in means.items()))
-        print(f"background score {score} for {folder}; {len(losses)} (image, class) pairs do not "
-              f"tell the scores from {low} to {high} from the best"
-              + ("; the range ends there: look at the CAMs, and consider a score of your own"
-                 if {low, high} & {recipe["scores"][0], recipe["scores"][-1]} else ""))
 
 
 @torch.no_grad()
@@ -429,130 +393,85 @@ def photo_cams(generator, photo, present, scales):
     return region_masks(total[:, 0], quarter, eps=1e-12)[:, 0]
 
 
-@torch.no_grad()
-def background_losses(stage, folder, u_b):
-    """Losses (pairs, scores), float64, of the hard regions that each score cuts from CAMs:
+# ---- Checkpoints, and the records of what they were made of --------------------------------------
 
-        sim(v^b, u^f) - sim(v^f, u^f) + 2 sim(v^f, u^b),   M = 1 where k has the greatest CAM and
-    that is above the score: the cosines of [eq. 1] and [eq. 3], the one about the background as
-    heavy as the two about the object. No logarithm, whose slope depends on where a CLIP's cosines
-    lie (the real one's near 0.25). For some images, spread over the split; without any mask."""
-    clip, split, device, scores = stage.clip, stage.split, stage.device, stage.recipe["scores"]
-    rows, R = [torch.zeros(0, len(scores), dtype=torch.float64)], clip.resolution
-    thresholds = torch.tensor(scores, device=device)[:, None, None, None]
-    names = split.names[::math.ceil(len(split.names) / stage.recipe["images"])]
-    for name in my_share(names, "background score"):
-        k = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)      # (n,)
-        if len(k) == 0:
-            continue
-        photo = v2.functional.pil_to_tensor(split.image(name)).to(device).float() / 255
-        photo = v2.functional.normalize(photo, IMAGENET_MEAN, IMAGENET_STD)
-        X = clip_view(clip, photo[None])                                         # (1, 3, R, R)
-        cams = torch.from_numpy(np.load(folder / f"{name}.npy")).to(device).float()
-        cams = F.interpolate(cams[None], size=(R, R), mode="bilinear")[0]        # (n, R, R)
-        M = ((cams == cams.amax(0)) & (cams > thresholds)).float()               # (scores, n, R, R)
-        v_f, v_b = (v.unflatten(0, M.shape[:2])
-                    for v in embed_masked(clip, X, M.flatten(0, 1)[:, None]))
-        losses = (cosine(v_b, stage.u_f[k]) - cosine(v_f, stage.u_f[k])
-                  + 2 * cosine(v_f, u_b[k]))                                     # (scores, n)
-        rows.append(losses.T.cpu().double())
-    if world() > 1:
-        parts = [None] * world()
-        dist.all_gather_object(parts, rows)
-        rows = sum(parts, [])
-    return torch.cat(rows)
+STARTS = {"match": ["classify"], "prompts": ["match"], "refine": ["classify", "prompts"]}
 
 
-def choose_score(losses, scores):
-    """Losses (pairs, scores) -> the background score, and the least and greatest of the scores
-    whose mean loss exceeds the least one by at most two standard errors of the difference.
-
-    The mean loss is flat around its minimum, so which score has the least is chance. The flanks of
-    the valley are steep, so chance hardly moves them: the score is the middle between them, where
-    the curve has risen by a quarter of its range."""
-    mean = losses.mean(dim=0)                                                    # (scores,)
-    difference = losses - losses[:, mean.argmin(), None]
-    error = difference.std(dim=0, correction=0) / len(losses) ** 0.5
-    close = torch.tensor(scores)[mean - mean.min() <= 2 * error]
-    at = np.linspace(scores[0], scores[-1], 301)
-    curve = np.interp(at, scores, mean)
-    flanks = np.flatnonzero(curve > curve.min() + (curve.max() - curve.min()) / 4)
-    low = max(flanks[flanks < curve.argmin()], default=-1) + 1  # or where the scores end
-    high = min(flanks[flanks > curve.argmin()], default=len(at)) - 1
-    score = round((at[low] + at[high]) / 2, 2)
-    return score, round(close.min().item(), 2), round(close.max().item(), 2)
+def record_of(phase, recipe, args, split, texts):
+    """What a phase's output depends on: hyper-parameters, and digests of what it reads"""
+    record = {"phase": phase, **recipe, "photos": split.digest}
+    if phase != "export":
+        record["seed"] = args.seed
+    if phase == "classify":
+        record["weights"] = digest(weight_file(getattr(args, args.generator)))
+    if phase in STARTS:
+        record |= {"words": digest(split.words), "clip": texts["clip"].sha256}
+    earlier = [args.out / f"{name}.pt" for name in STARTS.get(phase, [])]
+    for path in [args.checkpoint] if phase == "export" else earlier:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected that of an earlier phase; run "
+                             f"--phase {path.stem} first")
+        record["generator" if phase == "export" else path.stem] = digest(path)
+    return record
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+def again(phase):
+    return (f"to keep it, run the later phases alone, by name; to make it anew, --phase {phase} "
+            "without --resume, then the later phases")
 
-EARLIER = "run the earlier phases first (--phase all runs them in order)"
+
+def replaced(args, phase, split):
+    """Files of an earlier run that go when a phase has begun without --resume: its own checkpoint
+    and, with --phase all, what the later phases made"""
+    later = list(PHASES)[list(PHASES).index(phase) + 1:] if args.phase == "all" else []
+    files = [args.out / f"{name}{end}" for name in later for end in (".pt", ".part")]
+    if later and (args.cams / "made_of.json").is_file():
+        files += [args.cams / f"{name}.npy" for name in split.names] + [args.cams / "made_of.json"]
+    return [] if args.resume else [args.out / f"{phase}.pt", *files]
 
 
-def read_phase(stage, path, key):
-    """A checkpoint of an earlier phase, with the same classes, photos and labels -> dict"""
-    state = read_checkpoint(path, key, EARLIER)
-    check_classes(path, state.get("classes", []), stage.split)
-    before = state["recipe"]
-    if before.get("split") == stage.split.split and before.get("photos") != stage.split.digest:
-        raise InputError(f"{path}: trained with another {stage.split.split}.csv; expected the "
-                         "same photos and labels; restore it, or run all phases in a new --out")
+def read_phase(path, key, split):
+    """A checkpoint of an earlier phase -> dict"""
+    state = read_checkpoint(path, key, f"run --phase {path.stem} first")
+    check_classes(path, state.get("classes", []), split)
     return state
 
 
-def load_generator(stage, path):
-    """A checkpoint of a phase -> MaskGenerator or CNNGenerator, on the device"""
-    K = len(stage.split.classes)
-    state = read_phase(stage, path, "generator")
+def load_generator(path, split, drop_path=0):
+    """A checkpoint of a phase -> MaskGenerator or CNNGenerator"""
+    K, state = len(split.classes), read_phase(path, "generator", split)
 
     def make():
         if "vit" in state:
-            vit = ViT(**state["vit"], drop_path=stage.recipe.get("drop_path", 0))
+            vit = ViT(**state["vit"], drop_path=drop_path)
             return MaskGenerator(vit, K, **state["options"])
         return CNNGenerator(ResNet(**state["resnet"]), K)
-    return load_weights(make, state["generator"], path, f"a generator; {EARLIER}").to(stage.device)
+    return load_weights(make, state["generator"], path, "a generator of this version")
 
 
-def load_prompts(stage):
-    """OUT/prompts.pt -> u^b (K, E)"""
-    path = stage.out / "prompts.pt"
-    state = read_phase(stage, path, "u_b")
-    shape = getattr(state["u_b"], "shape", None)
-    if state.get("clip") != clip_digest(stage.clip) or shape != stage.u_f.shape:
-        raise InputError(f"{path}: its prompts are those of another CLIP than --clip "
-                         f"{stage.args.clip}; use that one, or run --phase prompts again")
-    return state["u_b"].to(stage.device)
+def load_prompts(path, split, clip):
+    """prompts.pt -> u^b (K, E)"""
+    state = read_phase(path, "u_b", split)
+    if state["record"]["clip"] != clip.sha256:
+        raise InputError(f"{path}: prompts of another CLIP; expected that of --clip; pass the one "
+                         "that they were made with, or run --phase prompts again")
+    return state["u_b"]
 
 
-def clip_digest(clip):
-    """Tells one CLIP from another"""
-    return digest(clip.text_projection.detach().float().cpu().numpy().tobytes())
+def save_generator(journal, generator, split):
+    journal.finish(generator=generator.state_dict(), options=generator.options,
+                   classes=split.classes, **{generator.kind: generator.trunk.sizes})
 
 
-def save(stage, **state):
-    wait_for_all()
+def write_words(out, u_b, split, clip):
+    """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E)"""
     if rank() == 0:
-        state |= {"phase": stage.phase, "classes": stage.split.classes,
-                  "words": stage.split.words, "recipe": stage.recipe}
-        with writing(stage.out / f"{stage.phase}.pt") as temporary:
-            torch.save(state, temporary)
-        (stage.out / f"{stage.phase}.part").unlink(missing_ok=True)
-    wait_for_all()
-
-
-def save_generator(stage, generator):
-    save(stage, generator=generator.state_dict(), options=generator.options,
-         **{generator.kind: generator.trunk.sizes})
-
-
-def save_prompts(stage, u_b, **state):
-    """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E); then OUT/prompts.pt"""
-    if rank() == 0:
-        rows = nearest_words(u_b, sorted({*read_nouns(), *stage.split.words}), stage.clip)
-        with writing(stage.out / "prompts.txt") as temporary:
+        rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
+        with writing(out / "prompts.txt") as temporary:
             temporary.write_text("".join(
                 f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"
-                for name, row in zip(stage.split.classes, rows)), encoding="utf-8")
-    save(stage, u_b=u_b.cpu(), clip=clip_digest(stage.clip), **state)
+                for name, row in zip(split.classes, rows)), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -568,7 +487,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", required=True, metavar="ROOT", help="folder with classes.txt and SPLIT.csv")
     add("--split", default="train", help="ROOT/SPLIT.csv: the photos to train on and to export")
-    add("--out", required=True, metavar="DIR", help="for checkpoints, logs and CAMs")
+    add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints, logs and CAMs")
     add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the "
         "recipe's, in all phases that run and have the key: --set lambda_r=0.2 length=4")
@@ -577,16 +496,17 @@ def parse_args(argv=None):
         "all processes; the rates stay")
     add("--phase", choices=[*PHASES, "all"], default="all", help="one phase, which starts from "
         "the files of the earlier ones, or all of them")
-    add("--resume", action="store_true", help="keep what is finished, and go on exactly where a "
-        "killed run stopped")
+    add("--resume", action="store_true", help="keep what was made of the same inputs, and continue "
+        "exactly where a killed run stopped; without it all is made anew")
     add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
         "a checkpoint file")
     add("--generator", choices=["vit", "resnet"], default="vit", help="S; chosen in classify")
     add("--vit", default="deit_small", metavar="NAME", help="classify: an ImageNet-pretrained "
         "DeiT by name, downloaded once, or a checkpoint file")
     add("--resnet", default="resnet50", metavar="NAME", help="the same, with --generator resnet")
-    add("--checkpoint", metavar="FILE", help="export: this generator (default OUT/refine.pt)")
-    add("--cams", metavar="DIR", help="export: where the CAMs go (default OUT/cams)")
+    add("--checkpoint", type=Path, metavar="FILE", help="export: this generator (None: "
+        "OUT/refine.pt)")
+    add("--cams", type=Path, metavar="DIR", help="export: where the CAMs go (None: OUT/cams)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of matrix products in training; auto: float32 on a CPU, bfloat16 on a GPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -630,31 +550,27 @@ def parse_changes(args, phases):
 
 
 def main(args):
-    device = start_processes(args.device)
-    split, out = Split(args.data, args.split), Path(args.out)
+    device, split = start_processes(args.device), Split(args.data, args.split)
     phases = list(PHASES) if args.phase == "all" else [args.phase]
     if args.checkpoint and phases != ["export"]:
         raise InputError("--checkpoint: of --phase export alone; other phases make their own")
-    changes, clip, u_f = parse_changes(args, phases), None, None
-    if phases != ["classify"] and (phases != ["export"] or (out / "prompts.pt").is_file()):
+    args.checkpoint = args.checkpoint or args.out / "refine.pt"
+    args.cams = args.cams or args.out / "cams"
+    changes, texts = parse_changes(args, phases), {}
+    if set(phases) & {"match", "prompts", "refine"}:
         clip = load_clip(args.clip, device)
-        u_f = class_texts(clip, split.words, device)                             # (K, E)
+        texts = {"clip": clip, "u_f": class_texts(clip, split.words, device)}    # (K, E)
     if rank() == 0:
         counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
         print(f"{args.split}: {len(split.names)} images, which show "
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
-
     for phase in phases:
-        recipe = recipe_of(args.recipe, phase, changes)
-        recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest}
-        if phase == "classify":
-            weights = args.vit if args.generator == "vit" else args.resnet
-            recipe |= {"generator": args.generator, "weights": Path(weights).name}
-        elif clip:
-            recipe["clip"] = clip_digest(clip)
-        if not is_finished(out / f"{phase}.pt", recipe, args.resume):
-            torch.manual_seed(args.seed)
-            PHASES[phase](Stage(phase, recipe, split, out, device, args, clip, u_f))
+        torch.manual_seed(args.seed)
+        recipe = record_of(phase, recipe_of(args.recipe, phase, changes), args, split, texts)
+        given = {} if phase in ("classify", "export") else texts
+        if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume,
+                                         again(phase)):
+            PHASES[phase](args, recipe, split, device, **given)
     end_processes()
 
 

@@ -33,14 +33,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, end_processes, is_finished,
-    load_batches, load_weights, mixed_seed, rank, read_checkpoint, read_labels, run, share_of_all,
-    start_processes, sum_over_processes, world, writing)
-from mask_generator import Block, Linear, ViT, load_vit
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, digest, end_processes,
+    folder_digest, kept, load_batches, load_weights, mixed_seed, rank, read_checkpoint, read_labels,
+    run, share_of_all, start_processes, sum_over_processes, world)
+from mask_generator import Block, Linear, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
-
-TEST_SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75)
 
 TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 82,081 images
     #                voc          coco         toy
@@ -58,13 +56,9 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "side":         (520,         520,         64),           # short side in pixels at scale 1
     "scale":        ((0.5, 2),    (0.5, 2),    (0.75, 1.5)),  # random, before the crop
     "crop":         (480,         480,         64),
-    # of eval.py: scales, side of its windows (None: the whole photo) and their distance, CRF
-    "test_scales":  (TEST_SCALES, TEST_SCALES, (1, 1.25, 1.5)),
-    "test_window":  (480,         480,         None),
-    "test_stride":  (320,         320,         None),
-    "test_crf":     ("voc-test",  "prob",      "prob"),
 }
 RECIPES = ("voc", "coco", "toy")
+AGAIN = "the same command without --resume makes all anew"
 
 
 class Segmenter(nn.Module):
@@ -125,8 +119,8 @@ def segmentation_step(model, image, labels, recipe):
     return {"loss": losses.sum() / max(1, n)}, n
 
 
-def train(out, model, photos, recipe, args, device):
-    """Minimise the segmentation loss; of mixed precision and logs see common.py."""
+def train(model, photos, recipe, args, device):
+    """Minimise the segmentation loss -> Journal; see common.py for mixed precision and logging."""
     decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     groups = [{"params": list(model.trunk.parameters()), "share": recipe["trunk_lr"]},
               {"params": decoder, "share": 1}]
@@ -137,12 +131,12 @@ def train(out, model, photos, recipe, args, device):
         optimizer = torch.optim.AdamW(groups, recipe["lr"], weight_decay=recipe["weight_decay"])
     mixed = autocast(device, args.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
-    names = photos.split.names
-    journal = Journal(out / "seg", recipe, model, optimizer, scaler, names, args.resume)
+    journal = Journal(args.out / "seg", recipe, model, optimizer, scaler, args.resume, AGAIN,
+                      [] if args.resume else [args.out / "seg.pt"])
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
     parallel.train()
-    for step, (image, labels, i) in enumerate(batches, journal.step + 1):
+    for step, (image, labels) in enumerate(batches, journal.step + 1):
         torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of dropout; after loading
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * poly_rate(step - 1, recipe)
@@ -153,7 +147,8 @@ def train(out, model, photos, recipe, args, device):
         scaler.scale(values["loss"] * share_of_all(n, device)).backward()
         scaler.step(optimizer)
         scaler.update()
-        journal.write(step, i, values, n)
+        journal.write(step, len(photos), values, n)
+    return journal
 
 
 def poly_rate(step, recipe):
@@ -163,7 +158,7 @@ def poly_rate(step, recipe):
 
 
 class Labelled(Dataset):
-    """Item (epoch, i): image (3, crop, crop), labels (crop, crop) int64, i, augmented alike: scale,
+    """Item (epoch, i): image (3, crop, crop), labels (crop, crop) int64, augmented alike: scale,
     crop, flip, colours, pad. Where a photo is smaller than the crop, mean colour and label 255 are
     added below and at the right."""
 
@@ -173,9 +168,6 @@ class Labelled(Dataset):
             v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-        if missing := [name for name in split.names if not (self.folder / f"{name}.png").is_file()]:
-            raise InputError(f"{self.folder / missing[0]}.png: no such file, 1 of {len(missing)}; "
-                             f"expected a label picture for each photo of {split.split}")
 
     def __len__(self):
         return len(self.split.names)
@@ -189,7 +181,9 @@ class Labelled(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.recipe["seed"], epoch, i))
             low, high = self.recipe["scale"]
-            scale = (low + (high - low) * torch.rand(()).item()) * self.recipe["side"] / min(H, W)
+            side = self.recipe["side"]  # of the short side; a long one has at most 4 times as much
+            scale = (low + (high - low) * torch.rand(()).item()) * min(side / min(H, W),
+                                                                       4 * side / max(H, W))
             size = [max(1, round(H * scale)), max(1, round(W * scale))]
             photo = v2.functional.resize(photo, size, InterpolationMode.BICUBIC)
             labels = v2.functional.resize(torch.from_numpy(labels)[None], size,
@@ -199,16 +193,16 @@ class Labelled(Dataset):
             photo, labels = self.augment(tv_tensors.Image(photo), tv_tensors.Mask(labels))
         around = (0, crop - photo.shape[2], 0, crop - photo.shape[1])
         photo, labels = photo.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
-        return F.pad(photo, around), F.pad(labels, around, value=255)[0].long(), i
+        return F.pad(photo, around), F.pad(labels, around, value=255)[0].long()
 
 
 def load_segmenter(path):
-    """OUT/seg.pt -> Segmenter in eval mode, its recipe, the classes it was trained for"""
+    """OUT/seg.pt -> Segmenter in eval mode, the recipe's name, `side`, the classes it knows"""
     remedy = "train one with train_seg.py"
     state = read_checkpoint(path, "segmenter", remedy)
     model = load_weights(lambda: Segmenter(ViT(**state["vit"]), len(state["classes"]) + 1),
                          state["segmenter"], path, f"a segmentation model; {remedy}")
-    return model.eval(), state["recipe"], state["classes"]
+    return model.eval(), state["recipe"], state["record"]["side"], state["classes"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -221,11 +215,12 @@ def parse_args(argv=None):
     add("--split", default="train", help="ROOT/SPLIT.csv: the photos to train on")
     add("--labels", required=True, metavar="DIR", help="NAME.png: pseudo masks, or ROOT/masks")
     add("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT: name, file")
-    add("--out", required=True, metavar="DIR", help="where seg.pt and seg.jsonl go")
+    add("--out", required=True, type=Path, metavar="DIR", help="where seg.pt and seg.jsonl go")
     add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
     add("--steps", type=int, metavar="N", help="other than the recipe's")
     add("--batch", type=int, metavar="N", help="images per step over all processes; the rates stay")
-    add("--resume", action="store_true", help="keep a finished seg.pt; go on with a killed run")
+    add("--resume", action="store_true", help="keep a finished seg.pt of the same inputs, or "
+        "continue a killed run exactly; without it all is made anew")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of matrix products; auto: float32 on a CPU, bfloat16 on a GPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -236,27 +231,23 @@ def parse_args(argv=None):
 
 def main(args):
     device = start_processes(args.device)
-    split, out = Split(args.data, args.split), Path(args.out)
+    split = Split(args.data, args.split)
     recipe = {key: row[RECIPES.index(args.recipe)] for key, row in TABLE.items()}
     short = {"steps": args.steps, "batch": args.batch}
     recipe |= {key: value for key, value in short.items() if value is not None}
     if min(recipe["steps"], recipe["batch"]) < 1:
         raise InputError("--steps, --batch: expected whole numbers above 0")
-    recipe |= {"seed": args.seed, "split": args.split, "photos": split.digest,
-               "labels": "/".join(Path(args.labels).resolve().parts[-2:])}
-    checkpoint = out / "seg.pt"
-    if is_finished(checkpoint, recipe, args.resume):
-        return end_processes()
-    photos = Labelled(split, args.labels, recipe)
-    torch.manual_seed(args.seed)
-    vit = load_vit(args.vit, recipe["drop_path"])
-    model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
-    train(out, model, photos, recipe, args, device)
-    if rank() == 0:
-        with writing(checkpoint) as temporary:
-            torch.save({"segmenter": model.state_dict(), "vit": vit.sizes, "recipe": recipe,
-                        "classes": split.classes, "words": split.words}, temporary)
-        (out / "seg.part").unlink(missing_ok=True)
+    recipe |= {"recipe": args.recipe, "seed": args.seed, "photos": split.digest,
+               "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names]),
+               "weights": digest(weight_file(args.vit))}
+    if not kept(args.out / "seg.pt", recipe, args.resume, AGAIN):
+        torch.manual_seed(args.seed)
+        vit = load_vit(args.vit, recipe["drop_path"])
+        model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
+        photos = Labelled(split, args.labels, recipe)
+        journal = train(model, photos, recipe, args, device)
+        journal.finish(segmenter=model.state_dict(), vit=vit.sizes, recipe=args.recipe,
+                       classes=split.classes)
     end_processes()
 
 

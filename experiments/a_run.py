@@ -24,8 +24,8 @@ from common import (  # noqa: E402
     IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_cams, read_labels, scaled_input)
 from mask_generator import AttentionFusion  # noqa: E402
 from train_cam import (  # noqa: E402
-    Stage, class_texts, clip_view, embed_masked, load_generator, load_prompts, match_loss,
-    photo_cams, recipe_of, refine_loss, region_masks)
+    class_texts, clip_view, embed_masked, load_generator, load_prompts, match_loss, photo_cams,
+    recipe_of, refine_loss, region_masks)
 
 CPU = torch.device("cpu")
 PHASES = {"classify": "classification", "match": "matching", "refine": "refinement"}  # with CAMs
@@ -47,18 +47,17 @@ def open_run(args):
     own_clip = folder / "clip.pt"
     clip = load_clip(args.clip or (own_clip if own_clip.is_file() else "ViT-B/32"))
     texts, words = {"class text": class_texts(clip, split.words, CPU)}, None
-    stage = Stage("export", {}, split, cam, CPU, args, clip, texts["class text"])
-    generators = {phase: load_generator(stage, cam / f"{phase}.pt").eval() for phase in found}
-    recipe = torch.load(cam / f"{found[-1]}.pt", weights_only=True)["recipe"]
+    generators = {phase: load_generator(cam / f"{phase}.pt", split).eval() for phase in found}
+    record = torch.load(cam / f"{found[-1]}.pt", weights_only=True)["record"]
     if (cam / "prompts.pt").is_file():
-        texts["prompt"] = load_prompts(stage)
+        texts["prompt"] = load_prompts(cam / "prompts.pt", split, clip)
     if (folder / "demo.json").is_file():
         world = json.loads((folder / "demo.json").read_text())["world"]
         pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
         words = [pairs[name] for name in split.classes]
         texts["true word"] = class_texts(clip, words, CPU)
     places = [(phase, folder / f"cams_{phase}") for phase in found] + [("refine", cam / "cams")]
-    cams = {phase: path for phase, path in places if (path / "background.json").is_file()}
+    cams = {phase: path for phase, path in places if (path / "made_of.json").is_file()}
     true = [name for name in split.names if (split.root / f"masks/{name}.png").is_file()]
     first = [sorted((name for name in split.names if split.labels[name][k]),
                     key=lambda name: split.labels[name].sum())[:1]
@@ -70,9 +69,9 @@ def open_run(args):
         ("pseudo masks", (folder / "masks").is_dir()), ("log", (cam / "prompts.jsonl").is_file()),
         ("vit", generators[found[0]].kind == "vit")) if there}
     return Namespace(
-        folder=folder, cam=cam, seg=seg, split=split, clip=clip, stage=stage, texts=texts,
+        folder=folder, cam=cam, seg=seg, split=split, clip=clip, texts=texts,
         words=words, generators=generators, cams=cams, true=true, has=has,
-        recipe=recipe_of("toy", "refine", {}) | recipe,
+        recipe=recipe_of("toy", "refine", {}) | record,
         phases={phase: PHASES[phase] for phase in found},
         chosen=[(name, k) for k, names in enumerate(first) for name in names][:6])
 
@@ -143,7 +142,8 @@ def shapes(value):
 def one_batch(r):
     """A step of matching from classify.pt, thrown away: what the functions return, in the order in
     which they return first"""
-    found, generator = {}, load_generator(r.stage, r.cam / "classify.pt").train_through_clip()
+    found, generator = {}, load_generator(r.cam / "classify.pt", r.split)
+    generator.train_through_clip()
     before = {name: p.clone() for name, p in generator.named_parameters()}
 
     def watched(owner, name):
@@ -159,10 +159,10 @@ def one_batch(r):
         found["load_batches"] = shapes((image, labels))
         return train_cam.match_step(generator, image, labels, recipe, **frozen)
 
-    recipe = r.recipe | {"steps": 1, "batch": min(16, r.recipe["batch"])}
+    recipe = r.recipe | {"phase": "match", "seed": 0, "steps": 1,
+                         "batch": min(16, r.recipe["batch"])}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        args = Namespace(precision="float32", resume=False, workers=0)
-        stage = Stage("match", recipe, r.split, Path(folder), CPU, args)
+        args = Namespace(precision="float32", resume=False, workers=0, out=Path(folder), phase="")
         for owner, *names in ((Split, "image"), (train_cam.Crops, "__getitem__"),
                               (AttentionFusion, "forward"), (type(generator), "forward"),
                               (CLIP, "encode_image"), (train_cam, "clip_view", "region_masks",
@@ -170,7 +170,8 @@ def one_batch(r):
             for name in names:
                 stack.enter_context(watched(owner, name))
         stack.enter_context(redirect_stdout(io.StringIO()))
-        train_cam.train(stage, generator, step, clip=r.clip, u_f=r.texts["class text"])
+        train_cam.train(generator, step, r.split, recipe, args, CPU, clip=r.clip,
+                        u_f=r.texts["class text"])
     moved = sum(p.numel() for name, p in generator.named_parameters()
                 if not torch.equal(p, before[name]))
     found["AdamW.step"] = f"{moved:,} of {sum(p.numel() for p in before.values()):,} weights"

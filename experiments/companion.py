@@ -34,8 +34,8 @@ from ablation import read_results  # noqa: E402
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
 from common import run, writing  # noqa: E402
 from demo import TABLE  # noqa: E402
-from eval import coloured, confusion_matrix, iou, predict_labels  # noqa: E402
-from make_pseudo import PRESETS, dense_crf, hard_unary, score_labels  # noqa: E402
+from eval import TEST, coloured, confusion_matrix, iou, predict_labels  # noqa: E402
+from make_pseudo import BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels  # noqa: E402
 from pictures import HEAT, heat, in_colours, plot, sheet  # noqa: E402
 from train_cam import (  # noqa: E402
     cosine, embed_masked, match_loss, recipe_of, refine_loss, region_masks)
@@ -273,21 +273,16 @@ def removes(r, out):
 
 
 def gains(r, out):
-    """ANALYSIS: IoU of each class, each phase cut at its own score; what becomes of the pixels that
-    refinement changes; mIoU with only what it removes, with only what it adds, and of matching cut
-    at the score of refinement"""
+    """ANALYSIS: IoU of each class; what becomes of the pixels that refinement changes; mIoU with
+    only what it removes, and with only what it adds"""
     counts, changed, pixels, C = defaultdict(int), np.zeros((2, 2)), 0, 1 + len(r.split.classes)
-    scores = [json.loads((r.cams[phase] / "background.json").read_text())["background_score"]
-              for phase in ("match", "refine")]
     for name in r.true:
         present, true = r.split.labels[name].nonzero()[0], labels_of(r, name)
-        before, after = cams_of(r, name, "match", "refine")
-        match, refine, lower = (score_labels(cams, present, score) for cams, score in (
-            (before, scores[0]), (after, scores[1]), (before, scores[1])))
+        match, refine = (score_labels(cams, present, BACKGROUND_SCORE)
+                         for cams in cams_of(r, name, "match", "refine"))
         for key, labels in (("matching", match), ("refinement", refine),
                             ("only removed", np.where(refine == 0, 0, match)),
-                            ("only added", np.where(match == 0, refine, match)),
-                            ("matching, score of refinement", lower)):
+                            ("only added", np.where(match == 0, refine, match))):
             counts[key] = counts[key] + confusion_matrix(labels, true, C)
         pixels += (true < 255).sum()
         for row, place in zip(changed, (true == 0, (true > 0) & (true < 255))):
@@ -298,7 +293,6 @@ def gains(r, out):
     return {"IoU": {key: dict(zip(names, rounded((np.nanmean(ious[key]), *ious[key]), 1)))
                     for key in ("matching", "refinement")},
             "mIoU": {key: round(float(np.nanmean(x)), 1) for key, x in ious.items()},
-            "scores of matching, refinement": scores,
             "pixels that become right, become wrong, in percent": {
                 place: rounded(100 * row / pixels, 1)
                 for place, row in zip(("background", "object"), changed)}}
@@ -306,33 +300,14 @@ def gains(r, out):
 
 # ---- 6. From CAM to mask -------------------------------------------------------------------------
 
-def score_and_crf(r, out):
-    chosen = json.loads((r.cams["refine"] / "background.json").read_text())
-    scores, losses = [float(s) for s in chosen["losses"]], list(chosen["losses"].values())
-    rows, best, preset, table = [], chosen["background_score"], PRESETS["voc"], {}
-    axis = {"x": "background score", "mark": (best, f"chosen: {best}")}
-    label = "2 sim(v_f, u_b) + sim(v_b, u_f) - sim(v_f, u_f)"
-    panels = [axis | {"curves": {label: (scores, losses)}, "y": "loss", "low": None}]
-    if r.true:  # ANALYSIS: with true masks
-        counts, C = 0, 1 + len(r.split.classes)
-        for name in r.true[::math.ceil(len(r.true) / 100)]:
-            present, (cams,) = r.split.labels[name].nonzero()[0], cams_of(r, name, "refine")
-            counts = counts + np.stack([
-                confusion_matrix(score_labels(cams, present, score), labels_of(r, name), C)
-                for score in scores])
-        found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts]
-        panels.append(axis | {"curves": {"analysis, true masks": (scores, found)}, "y": "mIoU",
-                              "high": 100})
-        table = {"background score": {
-            "chosen": best, "mIoU there": round(float(np.interp(best, scores, found)), 1),
-            "best mIoU of the 16": round(max(found), 1)}}
-    plot(out / "6_score.png", *panels)
+def crf(r, out):
+    rows, preset = [], PRESETS["voc"]
     for name, _ in r.chosen[::2]:
         present, photo = r.split.labels[name].nonzero()[0], r.split.image(name)
         photo.thumbnail((256, 256))  # a large photo takes long
         (cams,), cells = cams_of(r, name, "refine"), [photo]
         cams = F.interpolate(cams[None], size=photo.size[::-1], mode="bilinear")[0]
-        stacked = torch.cat([torch.full_like(cams[:1], best), cams])
+        stacked = torch.cat([torch.full_like(cams[:1], BACKGROUND_SCORE), cams])
         prob = hard_unary(stacked.argmax(0), len(stacked))
         for steps in (0, 1, 3, 10):
             Q = dense_crf(torch.from_numpy(np.array(photo)), prob, preset["gaussian"],
@@ -343,7 +318,7 @@ def score_and_crf(r, out):
         rows.append([(cell, "") for cell in cells])
     sheet(rows, out / "6_crf.png", ("photo", "CRF, 0 steps", "1 step", "3 steps", "10 steps",
                                     *["truth"] * (len(rows[0]) == 6)))
-    return table
+    return {}
 
 
 # ---- 7. From masks to a model --------------------------------------------------------------------
@@ -351,7 +326,8 @@ def score_and_crf(r, out):
 def model(r, out):
     """Pseudo mask and prediction. ANALYSIS, on the toy world: of the first 24 photos, the three
     where the model is better than its pseudo mask by most, and the worst; else the first four"""
-    segmenter, recipe, _ = load_segmenter(r.seg)
+    segmenter, name, side, _ = load_segmenter(r.seg)
+    recipe = TEST[name] | {"side": side}
     found, told, gain = [], ("",) * 4, 0
     for name in r.split.names[:24 if r.words else 4]:
         photo, teacher = r.split.image(name), labels_of(r, name, "masks")
@@ -396,7 +372,7 @@ SECTIONS = {  # what draws: what it needs
     strip: "", inside: "vit", looks: "classify", cooccurrence: "true word",
     regions: "", growing: "match,prompt,true masks", floors: "true word", prompts: "log",
     removes: "match,refine,prompt", gains: "true masks,cams of match,cams of refine",
-    score_and_crf: "cams of refine", model: "seg,pseudo masks"}
+    crf: "cams of refine", model: "seg,pseudo masks"}
 CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what it shows
     "1_inside.png": ("Inside the mask generator", "Of one photo: the coarse map, the attention of "
                      "the class token and of the marked patch, the fine map."),
@@ -415,9 +391,8 @@ CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what 
                       "changes most. Red: removed. Blue: added."),
     "5_gradients.png": ("", "Gradients on the mask of matching. Red: a smaller mask lowers the "
                         "loss. Blue: a larger one does."),
-    "6_score.png": ("From CAM to mask", "The loss under CLIP of the 16 background scores; their "
-                    "mIoU (analysis only), where there are true masks."),
-    "6_crf.png": ("", "The dense CRF after 0, 1, 3 and 10 steps; truth, if known (analysis)."),
+    "6_crf.png": ("From CAM to mask", "The dense CRF after 0, 1, 3 and 10 steps; truth, if known "
+                  "(analysis)."),
     "7_model.png": ("From masks to a model", "Pseudo mask and prediction; with truth, the three "
                     "photos on which the model is better by most, and the worst (analysis)."),
 }

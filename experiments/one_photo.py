@@ -20,7 +20,7 @@ from clip_model import CLIP_MEAN, CLIP_STD, load_clip  # noqa: E402
 from common import InputError, read_checkpoint, read_image, run, scaled_input  # noqa: E402
 from pictures import save_gif  # noqa: E402
 from train_cam import (  # noqa: E402
-    class_texts, clip_digest, clip_view, cosine, embed_masked, match_loss, recipe_of, refine_loss)
+    class_texts, clip_view, cosine, embed_masked, match_loss, recipe_of, refine_loss)
 
 GRID, LR, EVERY, RECIPE = 8, 0.1, 5, recipe_of("toy", "refine", {})  # EVERY: steps between frames
 
@@ -61,10 +61,10 @@ def main(args):
     u_f, u_b = class_texts(clip, [args.name, args.background or ""], "cpu").split(1)  # (1, E)
     if args.prompts:
         state = read_checkpoint(args.prompts, "u_b", "train_cam.py --phase prompts writes it")
-        if state.get("clip") != clip_digest(clip) or args.name not in state["words"]:
+        if state["record"]["clip"] != clip.sha256 or args.name not in state["classes"]:
             raise InputError(f"{args.prompts}: expected the --clip that made it, and a --class of "
-                             + ", ".join(state["words"]))
-        u_b = state["u_b"][state["words"].index(args.name)][None]                # (1, E)
+                             + ", ".join(state["classes"]))
+        u_b = state["u_b"][state["classes"].index(args.name)][None]              # (1, E)
     masks, b = optimise(clip, X, u_f, u_b, args.steps), args.background or "prompt"
     v_f, v_b = embed_masked(clip, X.expand(len(masks), -1, -1, -1), masks)       # (frames, E)
     curves = {f"sim({region}, {text})": cosine(v, u) for text, u in ((args.name, u_f), (b, u_b))

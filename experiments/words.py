@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import load_clip  # noqa: E402
-from common import InputError, Split, run, start_processes  # noqa: E402
-from train_cam import Stage, class_texts, save_prompts  # noqa: E402
+from common import InputError, Split, kept, run, save, start_processes  # noqa: E402
+from train_cam import class_texts, write_words  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -26,9 +26,9 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, metavar="ROOT", help="as for train_cam.py")
-    add("--split", default="train", help="ROOT/SPLIT.csv: the photos to refine on")
+    add("--split", default="train", help="ROOT/SPLIT.csv")
     add("--words", required=True, metavar="FILE", help="a line `class: word, word` for each class")
-    add("--out", required=True, metavar="DIR", help="where prompts.pt and prompts.txt go")
+    add("--out", required=True, type=Path, metavar="DIR", help="where prompts.pt and .txt go")
     add("--clip", default="ViT-B/32", metavar="NAME", help="as for train_cam.py")
     return parser.parse_args(argv)
 
@@ -43,8 +43,10 @@ def main(args):
                          f"line `class: word, word` for each of {', '.join(split.classes)}")
     u_b = torch.stack([F.normalize(class_texts(clip, words[name], device), dim=1).mean(dim=0)
                        for name in split.classes])                               # (K, E)
-    recipe = {"words": words, "split": split.split, "photos": split.digest}
-    save_prompts(Stage("prompts", recipe, split, Path(args.out), device, args, clip), u_b)
+    record = {"words by hand": words, "clip": clip.sha256}
+    kept(args.out / "prompts.pt", record, False, "")  # refuses a file that is not ours
+    write_words(args.out, u_b, split, clip)
+    save(args.out / "prompts.pt", {"u_b": u_b.cpu(), "classes": split.classes, "record": record})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@
 The 80 classes stand in the order of their category ids, which run to 90 with gaps. Images without
 an object are left out, as the field does: 82,081 and 40,137 remain. Labels are the classes of an
 image's objects, crowds too. pycocotools draws the masks as the field's are: where objects overlap,
-the first annotation wins; crowds are drawn as their class. A run that was killed goes on when it is
-started again; masks of other annotations, or of another rule, are drawn anew.
+the first annotation wins; crowds are drawn as their class.
 """
 import argparse
 import csv
@@ -29,7 +28,7 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (  # noqa: E402
-    InputError, clear_unless_made_of, digest, run, write_labels, writing)
+    InputError, claim, digest, run, write_labels, writing)
 
 OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
 MISSING_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1 to 90: they name no class
@@ -92,12 +91,16 @@ def parse_args(argv=None):
     add("--out", metavar="ROOT", help="where classes.txt, csv and masks go; None: DIR itself")
     add("--masks", action=argparse.BooleanOptionalAction, default=True,
         help="draw masks/NAME.png with pycocotools: eval.py needs them, training does not")
+    add("--resume", action="store_true", help="keep the masks that a killed run of the same "
+        "annotations has drawn; without it all are drawn anew")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that draw masks")
     return parser.parse_args(argv)
 
 
 def main(args):
     coco, out, sources = Path(args.coco), Path(args.out or args.coco), {}
+    if args.workers < 1:
+        raise InputError(f"--workers {args.workers}: expected 1 or more")
     if args.masks and coco_mask is None:
         raise InputError("masks take pycocotools: pip install pycocotools, or pass --no-masks")
     for split in ("train", "val"):
@@ -107,9 +110,10 @@ def main(args):
             raise InputError(f"{files[0]}: no such file; expected the official annotations; unpack "
                              "them there, or pass another --coco")
     if args.masks:
-        origin = {split: digest(path) for split, path in sources.items()}
-        clear_unless_made_of(origin | {"overlaps": "the first annotation wins"}, out / "masks",
-                             [path.name for path in out.glob("masks/*.png")])
+        record = {split: digest(path) for split, path in sources.items()}
+        claim(out / "masks", {"any.png", *(path.name for path in out.glob("masks/*.png"))},
+              record | {"overlaps": "the first annotation wins"}, args.resume,
+              [coco / path.stem.removeprefix("instances_") for path in sources.values()])
     for split, source in sources.items():
         print(f"reading {source}", flush=True)
         classes, images = read_instances(source, args.masks)

@@ -4,15 +4,16 @@
   python prepare/foreign.py --data ROOT --split train --segments SAM --out segments
 
 --cams: THEIRS/NAME.npy holds a pickled dict, {class: map} (PSA, MCTformer, WeakTr), or {"keys":
-classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES). Class 0 is the first
-class or the background, whose map is left out: which, follows from the photo's labels. Maps that
-leave [0, 1] are scaled to it. OUT/NAME.npy is float16 (n, h, w), of the n shown classes in order.
+classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES). How they number the
+classes follows from the labels of the whole list: from 0, or from 1 behind the background, whose
+map is left out; those of COCO also by the 90 category ids, less 1 or not. Maps that leave [0, 1]
+are scaled to it. OUT/NAME.npy is float16 (n, h, w), of the n shown classes in order.
 
 --segments: SAM/NAME.json is the output of SAM's automatic mask generator (run lengths, which
 pycocotools decodes), SAM/NAME.npz a boolean array (s, H, W). A smaller segment lies on a larger
 one. OUT/NAME.png is a picture (H, W) of 16 bits: the number of the segment, 0 for none.
 
-Nothing in a pickle is executed. A run that was killed goes on when it is started again.
+Nothing in a pickle is executed.
 """
 import argparse
 import io
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 try:
     from pycocotools import mask as coco_mask
@@ -34,8 +36,9 @@ except ImportError:
     coco_mask = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from coco import MISSING_IDS  # noqa: E402
 from common import (  # noqa: E402
-    InputError, Split, clear_unless_made_of, digest, my_share, run, writing)
+    InputError, Split, claim, folder_digest, my_share, run, writing)
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------
@@ -100,49 +103,79 @@ def plain(value):
     return value.array if isinstance(value, PickledArray) else value
 
 
-def choose_maps(data, present):
-    """Another program's dict, present (n,) counted from 0 -> maps float32 (n, h, w), and whether
-    its class 0 is the background"""
-    ids, maps = data.keys(), data.values()
-    if "keys" in data:
-        name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None)
-        if name is None:
-            raise ValueError(f"a dict of {sorted(data)}")
-        ids, maps = plain(data["keys"]), plain(data[name])
-    maps = dict(zip(map(int, ids), map(plain, maps), strict=True))
-    from_0, from_1 = set(present.tolist()), set((1 + present).tolist())
-    fits = [from_0 <= set(maps), from_1 <= set(maps)]
-    if all(fits):  # only an exact match can tell
-        fits = [set(maps) == from_0, set(maps) in (from_1, from_1 | {0})]
-    if fits[0] == fits[1]:
-        raise ValueError(f"maps of the classes {sorted(maps)}, the photo shows {present.tolist()}, "
-                         "counted from 0")
-    maps = [maps[k + fits[1]] for k in present]
-    if not all(len(cam.shape) == 2 and 0 < cam.shape[0] * cam.shape[1] < 2**28 for cam in maps):
-        raise ValueError(f"maps of shape {[tuple(cam.shape) for cam in maps]}")
-    return np.stack([np.asarray(cam, np.float32) for cam in maps]), fits[1]
-
-
-def foreign_cams(path, present):
-    """NAME.npy of another program -> maps float16 (n, h, w) in [0, 1], and whether its class 0 is
-    the background"""
+def read_dict(path):
+    """NAME.npy of another program -> {its number of a class: map (h, w)}"""
     try:
         with open(path, "rb") as file:
             version, _ = np.lib.format.read_magic(file)
             read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
             if not read_header(file)[2].hasobject:
                 raise ValueError("an array, no pickled dict")
-            maps, with_background = choose_maps(plain(PlainUnpickler(file).load()), present)
+            data = plain(PlainUnpickler(file).load())
+        ids, maps = data.keys(), data.values()
+        if "keys" in data:
+            name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None)
+            if name is None:
+                raise ValueError(f"a dict of {sorted(data)}")
+            ids, maps = plain(data["keys"]), plain(data[name])
+        return dict(zip(map(int, ids), map(plain, maps), strict=True))
+    except Exception as error:  # a broken pickle raises anything
+        raise refusal(path, error) from None
+
+
+def refusal(path, error):
+    return InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]:.200}); "
+                      "expected a dict of maps as PSA, MCTformer, WeakTr, IRN, CLIMS, AMN and "
+                      "CLIP-ES write; pass their folder and the labels they had")
+
+
+def numberings(num_classes):
+    """{name: the numbers that a program may give our K classes, then the background's or None}"""
+    found = {"from 0": (range(num_classes), None), "from 1, background 0":
+             (range(1, num_classes + 1), 0)}
+    if num_classes == 80:
+        ids = [i for i in range(1, 91) if i not in MISSING_IDS]
+        found |= {"COCO's category ids less 1": ([i - 1 for i in ids], None),
+                  "COCO's category ids, background 0": (ids, 0)}
+    return found
+
+
+def choose_numbering(keys, shown, num_classes):
+    """keys [set of numbers in a file], shown [the classes of its photo, from 0], file by file ->
+    name of the one numbering that fits the whole list, or None"""
+    def fits(numbers, background, exactly):
+        every = {*range(max(numbers) + 1)} - ({0} if background == 0 else set())
+        for found, classes in zip(keys, shown):
+            wanted = {numbers[k] for k in classes}
+            found = found - {background}
+            if not wanted <= found or exactly and found not in (wanted, every):
+                return False
+        return True
+    for exactly in (False, True):  # the shown classes are there; and no others, or all
+        good = [name for name, (numbers, background) in numberings(num_classes).items()
+                if fits(numbers, background, exactly)]
+        if len(good) == 1:
+            return good[0]
+    return None
+
+
+def foreign_cams(path, numbers):
+    """NAME.npy of another program, its numbers of the n shown classes -> maps float16 (n, h, w) in
+    [0, 1]"""
+    maps = read_dict(path)
+    try:
+        maps = [maps[number] for number in numbers]
+        if not all(len(cam.shape) == 2 and 0 < cam.shape[0] * cam.shape[1] < 2**28 for cam in maps):
+            raise ValueError(f"maps of shape {[tuple(cam.shape) for cam in maps]}")
+        maps = np.stack([np.asarray(cam, np.float32) for cam in maps])
         if not np.isfinite(maps).all():
             raise ValueError("values that are not finite")
-        if maps.min() < 0 or maps.max() > 1.001:
-            low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-            maps = (maps - low) / (high - low + 1e-12)
-        return maps.clip(0, 1).astype(np.float16), with_background
-    except Exception as error:  # a broken pickle raises anything
-        raise InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]:.200}); "
-                         "expected a dict of maps as PSA, MCTformer, WeakTr, IRN, CLIMS, AMN and "
-                         "CLIP-ES write; pass their folder and the labels they had") from None
+    except Exception as error:  # what is called a map may be anything
+        raise refusal(path, error) from None
+    low, high = (f(maps, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+    if low.min() < 0 or high.max() > 1.001:
+        maps = (maps - low) / (high - low + 1e-12)
+    return maps.clip(0, 1).astype(np.float16)
 
 
 # ---- Segments ------------------------------------------------------------------------------------
@@ -169,10 +202,14 @@ def read_masks(path, size):
         yield coco_mask.decode(runs) > 0
 
 
+def segment_file(folder, name):
+    path = Path(folder, f"{name}.npz")
+    return path if path.is_file() else path.with_name(f"{name}.json")
+
+
 def read_segments(folder, name, size):
     """folder/NAME.json or NAME.npz, of a photo of size (H, W) -> uint16 (H, W), 0 for no segment"""
-    path = Path(folder, f"{name}.npz")
-    path = path if path.is_file() else path.with_suffix(".json")
+    path = segment_file(folder, name)
     try:
         labels, area = np.zeros(size, np.uint16), np.full(size, np.inf)  # of the pixel's segment
         for number, mask in enumerate(read_masks(path, size), 1):
@@ -194,35 +231,46 @@ def parse_args(argv=None):
     source.add_argument("--cams", metavar="THEIRS", help="folder of NAME.npy, pickled dicts")
     source.add_argument("--segments", metavar="SAM", help="folder of NAME.json or NAME.npz")
     add("--out", required=True, metavar="DIR", help="another folder, where the results go")
+    add("--resume", action="store_true", help="keep the finished files of a killed run of the same "
+        "inputs; without it all are made anew")
     return parser.parse_args(argv)
 
 
 def main(args):
     split, out = Split(args.data, args.split), Path(args.out)
     source, ending = Path(args.cams or args.segments), ".npy" if args.cams else ".png"
-    if out.resolve() == source.resolve():
-        raise InputError(f"--out {out}: is the folder that is read; pass another one")
     if args.segments and coco_mask is None and any(source.glob("*.json")):
         raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
-    stats = [path.stat() for path in sorted(source.glob("*"))]
-    origin = {"from": str(source.resolve()), "photos": split.digest,
-              "files": digest(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode())}
-    clear_unless_made_of(origin, out, [name + ending for name in split.names])
-    shown = [name for name in split.names if args.segments or split.labels[name].any()]
-    left, with_background = [name for name in shown if not (out / (name + ending)).is_file()], 0
+    names = [name for name in split.names if args.segments or split.labels[name].any()]
+    present = {name: np.flatnonzero(split.labels[name]).tolist() for name in names}
+    if args.cams:
+        files = [f"{name}.npy" for name in names]
+        record = {"cams": folder_digest(source, files), "photos": split.digest}
+        keys = [set(read_dict(source / file)) for file in tqdm(files, "read", disable=None)]
+        numbering = choose_numbering(keys, present.values(), len(split.classes))
+        if numbering is None:
+            raise InputError(f"{source}: maps of the classes {sorted(set().union(*keys))}, which "
+                             "fit no numbering of all files, or several; expected one of "
+                             f"{', '.join(numberings(len(split.classes)))}; pass the labels that "
+                             "the program was given")
+        numbers, _ = numberings(len(split.classes))[numbering]
+        print(f"{source}: classes are numbered {numbering}")
+    else:
+        files = [segment_file(source, name).name for name in names]
+        record = {"segments": folder_digest(source, files), "photos": split.digest}
+    claim(out, [name + ending for name in split.names], record, args.resume,
+          [*split.folders, source])
+    left = [name for name in names if not (out / (name + ending)).is_file()]
     for name in my_share(left, "converted"):
         if args.cams:
-            maps, background = foreign_cams(source / f"{name}.npy",
-                                            np.flatnonzero(split.labels[name]))
-            with_background += background
+            maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in present[name]])
         else:
             picture = Image.fromarray(read_segments(source, name, split.image(name).size[::-1]))
         with writing(out / (name + ending)) as path:
             np.save(path, maps) if args.cams else picture.save(path)
-    print(f"{out}: {len(shown)} files, {len(left)} of them new"
-          + (f", of which {with_background} count the background as class 0" if args.cams else ""))
+    print(f"{out}: {len(names)} files, {len(left)} of them new")
     print(f"next:\n    python make_pseudo.py --data {args.data} --split {args.split} "
-          + (f"--cams {out} --background-score 0.4 --out masks" if args.cams else
+          + (f"--cams {out} --out masks" if args.cams else
              f"--segments {out} --cams cams --out masks"))
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_MEAN, IMAGENET_STD, InputError, run, write_labels, writing)
+    IMAGENET_MEAN, IMAGENET_STD, InputError, claim, run, save, write_labels, writing)
 from mask_generator import ResNet, ViT  # noqa: E402
 
 S = 64
@@ -594,6 +594,12 @@ def main(args):
     if args.retrain:
         return retrain(args.retrain)
     out, pairs = args.out, read_pairs(args.pairs)
+    names = [f"{split}_{i:05d}" for split, count in (("train", args.train), ("val", args.val))
+             for i in range(count)]
+    claim(out, [*(f"data/images/{name}.jpg" for name in names),
+                *(f"data/masks/{name}.png" for name in names), "clip.pt", "resnet.pth", "vit.pth"],
+          {"train": args.train, "val": args.val, "seed": args.seed, "pairs": pairs,
+           "cooccurrence": args.cooccurrence})
     write_data(out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
     torch.manual_seed(0)
     clip, vit, trunk = unpack()
@@ -608,8 +614,7 @@ def main(args):
         print(f"  to {text:<15}{''.join(values[:5])}  |{''.join(values[5:])}")
     for name, state in (("clip.pt", clip.state_dict()), ("resnet.pth", trunk.state_dict()),
                         ("vit.pth", {"model": vit.state_dict()})):
-        with writing(out / name) as path:
-            torch.save(state, path)
+        save(out / name, state)
     print(f"{out}: {args.train} training and {args.val} validation images, clip.pt, resnet.pth, "
           f"vit.pth; {', '.join(f'{name} on {usual}' for name, usual in pairs.items())}")
     print(f"""next:

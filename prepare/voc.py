@@ -24,7 +24,7 @@ from torchvision.datasets import VOCSegmentation
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, run, writing  # noqa: E402
+from common import InputError, claim, digest, run, writing  # noqa: E402
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
            "diningtable: dining table", "dog", "horse", "motorbike", "person: player",
@@ -123,6 +123,12 @@ def main(args):
               tqdm(sorted(set().union(*lists.values()) - unlabelled), "reading XML", disable=None)}
 
     # ---- Write -----------------------------------------------------------------------------------
+    masks = {path.name: path for name in ("SegmentationClassAug", "SegmentationClass")
+             for path in sorted(voc.glob(f"{name}/*.png"))}
+    if masks:
+        sizes = [[name, path.stat().st_size] for name, path in masks.items()]
+        claim(out / "masks", masks, {"masks": digest(sizes)},
+              reads={path.parent for path in masks.values()})
     with writing(out / "classes.txt") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     photos = Path(os.path.relpath(voc.resolve(), out.resolve())) / "JPEGImages"
@@ -133,8 +139,6 @@ def main(args):
             csv.writer(file, lineterminator="\n").writerows(table)
         print(f"{out / split}.csv: {len(names):,} images"
               + (", without labels" if unlabelled.intersection(names) else ""))
-    masks = {path.name: path for name in ("SegmentationClassAug", "SegmentationClass")
-             for path in voc.glob(f"{name}/*.png")}
     for name, mask in tqdm(masks.items(), "masks", disable=None):
         with writing(out / "masks" / name) as path:
             shutil.copyfile(mask, path)

@@ -25,7 +25,6 @@ KINDS = {  # kind: (the file, script and flags)
     "label": (f"masks/{NAME}.png", EVAL + "--pred {w}/masks"),
     "segments": (f"segments/{NAME}.png", f"{PSEUDO} --segments {{w}}/segments"),
     "cam": (f"cam/cams/{NAME}.npy", PSEUDO),
-    "score": ("cam/cams/background.json", PSEUDO),
     "part": ("cam/match.part", PHASE + "match --resume"),
     "classify": ("cam/classify.pt", PHASE + "match"),
     "match": ("cam/match.pt", PHASE + "prompts"),
@@ -36,7 +35,7 @@ KINDS = {  # kind: (the file, script and flags)
     "DeiT": ("vit.pth", PHASE + "classify"),
     "ResNet": ("resnet.pth", PHASE + "classify --generator resnet"),
 }
-CHECKPOINTS = list(KINDS)[7:]
+CHECKPOINTS = list(KINDS)[6:]
 
 
 class Executed:
@@ -122,8 +121,6 @@ OWN = {
             "objects": array(np.array([{}])), "NaN": array(np.full((1, 16, 16), np.nan)),
             "another shape": array(np.zeros((5, 16, 16))), "no rows": array(np.zeros((1, 16, 0))),
             "header flipped": lambda path: flipped(path, 64)},
-    "score": {"2": replaced('{"background_score": 2}'), "a list": replaced("[1]"),
-              "NaN": replaced('{"background_score": NaN}'), "nested deep": replaced("[" * 10**5)},
     **{kind: {"a list": changed(lambda state: [1]),
               "text for a tensor": first_tensor("text"),
               "10^12 values": first_tensor(torch.zeros(1).expand(10**6, 10**6)),
@@ -146,7 +143,7 @@ def world(toy, chain, tmp_path_factory):
     shutil.copytree(w / "masks", w / "segments")
     (w / "data/few.csv").write_text("".join((w / "data/train.csv").open().readlines()[1:3]))
     with pytest.MonkeyPatch.context() as patch:  # the .part of a run that ends is kept
-        patch.setattr("train_cam.save", lambda *args, **state: None)
+        patch.setattr("common.Journal.finish", lambda *args, **state: None)
         call(*f"{PHASE}match".format(w=w).split())
     return w
 

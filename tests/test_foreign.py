@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 
+import coco
 import numpy as np
 import pytest
 import torch
@@ -65,45 +66,77 @@ def test_cams_of_other_programs(program, data, tmp_path, capsys):
         theirs = as_another_program(program, np.load(path), present)
         np.save(tmp_path / "theirs" / path.name, theirs, allow_pickle=True)
     call("foreign", "--data", data, "--cams", tmp_path / "theirs", "--out", tmp_path / "cams")
-    assert f"new, of which {4 * (program == 'AMN')} count the background" in capsys.readouterr().out
+    numbering = "from 1, background 0" if program == "AMN" else "from 0"
+    assert f"classes are numbered {numbering}\n" in capsys.readouterr().out
     for path in paths:
         assert np.array_equal(np.load(tmp_path / "cams" / path.name), np.load(path))
     assert pseudo_masks(data, tmp_path / "ours", tmp_path / "masks 1") == pseudo_masks(
         data, tmp_path / "cams", tmp_path / "masks 2")
 
 
-def test_a_killed_conversion_goes_on(data, tmp_path, capsys):
-    """Finished files are kept as long as their sources stay. Sources are never written to."""
-    theirs, cams = tmp_path / "ours", tmp_path / "cams"
-    for name, shown in SHOWN.items():
-        np.save(theirs / name, {CLASSES.index(x): 1 + MAP for x in shown}, allow_pickle=True)
-    flags = ["--data", data, "--cams", theirs]
-    call("foreign", *flags, "--out", cams)
-    (cams / "b.npy").unlink()
-    call("foreign", *flags, "--out", cams)
-    assert "4 files, 1 of them new" in capsys.readouterr().out
-    np.save(theirs / "a.npy", {0: np.ones((7, 7))}, allow_pickle=True)
-    call("foreign", *flags, "--out", cams)
-    assert "4 files, 4 of them new" in capsys.readouterr().out
-    assert np.load(cams / "a.npy").shape == (1, 7, 7)
-    assert "pass another one" in error_line(capsys, "foreign", *flags, "--out", theirs)
-    assert len(list(theirs.iterdir())) == 5
+def write_dicts(folder, numbers):
+    """{photo: numbers of the maps in its file}; a map's values are its number / 100"""
+    for name, keys in numbers.items():
+        np.save(folder / name, {k: np.full((2, 2), k / 100) for k in keys}, allow_pickle=True)
+
+
+@pytest.mark.parametrize("numbers, numbering", [
+    ({name: [0, 1, 2] for name in "abde"}, "from 0"),  # all classes for every photo
+    ({name: [0, 1, 2, 3] for name in "abde"}, "from 1, background 0"),
+    ({"a": [0, 1], "b": [0, 2, 3], "d": [0, 1, 2, 3], "e": [0, 3]}, "from 1, background 0"),
+    ({"a": [1], "b": [2, 3], "d": [1, 2, 3], "e": [3]}, "from 1, background 0"),
+    ({"a": [0], "b": [1, 2], "d": [1, 2, 3], "e": [2]}, None),  # a mixture
+    ({"a": [5], "b": [1, 2], "d": [0, 1, 2], "e": [2]}, None)])
+def test_the_whole_list_decides_how_classes_are_numbered(numbers, numbering, data, tmp_path,
+                                                         capsys):
+    """With maps of all classes, the photo that shows the first class alone would mislead."""
+    (tmp_path / "theirs").mkdir()
+    write_dicts(tmp_path / "theirs", numbers)
+    flags = ["--data", data, "--cams", tmp_path / "theirs", "--out", tmp_path / "cams"]
+    if numbering is None:
+        assert "fit no numbering" in error_line(capsys, "foreign", *flags)
+        return
+    call("foreign", *flags)
+    for name, first in (("a", 0), ("e", 2)):
+        expected = (first + (numbering != "from 0")) / 100
+        assert np.load(tmp_path / f"cams/{name}.npy")[0, 0, 0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("keys, numbering", [
+    (lambda ids: range(90), "COCO's category ids less 1"),
+    (lambda ids: [i - 1 for i in ids], "COCO's category ids less 1"),
+    (lambda ids: [0, *ids], "COCO's category ids, background 0")])
+def test_maps_by_coco_category_ids(keys, numbering, tmp_path, capsys):
+    """80 of 90 numbers: person 1, toaster 80, toothbrush 90, whose numbers with us are 0, 70, 79"""
+    known = [i for i in range(1, 91) if i not in coco.MISSING_IDS]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "classes.txt").write_text("\n".join(f"c{i}" for i in known))
+    rows = {"a": [1], "b": [80, 90], "c": [18, 90]}
+    (tmp_path / "train.csv").write_text("".join(
+        f"{name}.png,{';'.join(f'c{i}' for i in ids)}\n" for name, ids in rows.items()))
+    for name in rows:
+        Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
+    write_dicts(tmp_path / "theirs", {name: keys(ids) for name, ids in rows.items()})
+    call("foreign", "--data", tmp_path, "--cams", tmp_path / "theirs", "--out", tmp_path / "cams")
+    assert numbering in capsys.readouterr().out
+    found = np.load(tmp_path / "cams/b.npy")[:, 0, 0] * 100
+    assert found.round().tolist() == [i - ("less" in numbering) for i in rows["b"]]
 
 
 def test_maps_beyond_0_and_1_are_scaled(tmp_path):
     for values, expected in (([-2.0, 0, 6], [0, 0.25, 1]), ([0.5, 1.0005], [0.5, 1])):
         np.save(tmp_path / "a.npy", {3: np.array([values])}, allow_pickle=True)
-        assert foreign_cams(tmp_path / "a.npy", np.array([3]))[0].tolist() == [[expected]]
+        assert foreign_cams(tmp_path / "a.npy", [3])[0].tolist() == [expected]
 
 
 @pytest.mark.parametrize("content", [
     {0: MAP[None]}, {0: 0.5}, {0: MAP * np.nan}, {0: "map"}, {0: MAP[:0]}, {7: MAP}, [1, 2],
     {"keys": [0], "highres": 1}, {"keys": [0]}, {"keys": [0, 1], "cam": MAP[None]},
-    {0: MAP, 1: MAP, 2: MAP}, {0: torch.zeros(1).expand(2**14, 2**14)}])  # 1 GB out of 4 bytes
+    {0: torch.zeros(1).expand(2**14, 2**14)}])  # 1 GB out of 4 bytes
 def test_dicts_of_something_else_are_refused(content, tmp_path):
     np.save(tmp_path / "a.npy", np.array(content, dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="a.npy: no readable CAMs"):
-        foreign_cams(tmp_path / "a.npy", np.array([0]))
+        foreign_cams(tmp_path / "a.npy", [0])
 
 
 class Malicious:
@@ -145,7 +178,7 @@ def test_pickles_that_take_pointers_or_memory_are_refused(content, why, tmp_path
         np.lib.format.write_array_header_1_0(file, head)
         file.write(content if isinstance(content, bytes) else pickle.dumps({0: content}))
     with pytest.raises(InputError, match=f"a.npy: no readable CAMs .*{why}"):
-        foreign_cams("a.npy", np.array([0]))
+        foreign_cams("a.npy", [0])
     assert not (tmp_path / "executed").exists()
 
 
@@ -174,7 +207,8 @@ def test_segments_of_every_format(data, tmp_path, capsys):
     pseudo_masks(data, tmp_path / "ours", tmp_path / "masks", "--segments", out)
     labels = np.array(Image.open(tmp_path / "masks/a.png"))
     assert all(len(set(labels[expected == segment])) == 1 for segment in (1, 2, 3))
-    flags = ["--cams", tmp_path / "ours", "--out", out, "--segments", tmp_path / "packed"]
+    flags = ["--cams", tmp_path / "ours", "--out", tmp_path / "new", "--segments",
+             tmp_path / "packed"]
     assert "prepare/foreign.py" in error_line(
         capsys, "make_pseudo", "--data", data, "--background-score", 0.4, *flags)
 

@@ -1,19 +1,14 @@
 """The mask generator by hand, its weights, and how the background score is chosen."""
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, REAL
+from conftest import REAL
 from PIL import Image
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-import train_cam
-from clip_model import CLIP_MEAN, CLIP_STD, load_clip
-from common import IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_cams
-from make_pseudo import score_labels
+from common import IMAGENET_MEAN, IMAGENET_STD, InputError
 from mask_generator import MaskGenerator, Rectify, ViT, load_vit
-from train_cam import SCORES, choose_score, cosine
 
 
 def test_load_vit_uses_every_key(toy, tmp_path):
@@ -103,43 +98,3 @@ def test_gradient_of_rectified_maps_by_hand():
     x = torch.tensor([[2.0, -3, -3, 1], [-2, -3, -1, 0]]).view(2, 1, 2, 2).requires_grad_()
     Rectify.apply(x).backward(torch.tensor([0.5, 0.5, -0.5, -0.5]).view(1, 1, 2, 2).expand_as(x))
     assert x.grad.flatten().tolist() == [0.5, 0, 0, -0.5, 0, 0, -0.5, -0.5]
-
-
-@torch.no_grad()
-def test_losses_of_the_background_scores(toy, chain):
-    """Against masks cut one by one as make_pseudo.py cuts them, and losses pair by pair"""
-    clip, split = load_clip(toy / "clip.pt"), Split(toy / "data", "train")
-    folder = chain / "cam/cams"
-    split.names = [name for name in split.names if split.image(name).size == (64, 64)][:4]
-    u_f = train_cam.class_texts(clip, split.words, CPU)
-    u_b = torch.load(chain / "cam/prompts.pt", weights_only=True)["u_b"]
-    recipe = train_cam.recipe_of("toy", "export", {})
-    stage = train_cam.Stage("export", recipe, split, None, CPU, None, clip, u_f)
-    losses = train_cam.background_losses(stage, folder, u_b)
-    assert losses.shape == (sum(split.labels[name].sum() for name in split.names), len(SCORES))
-    for column, score in list(enumerate(SCORES))[::5]:
-        expected = []
-        for name in split.names:
-            present = np.flatnonzero(split.labels[name])
-            labels = score_labels(read_cams(folder, name, present, (64, 64)), present, score)
-            X = normalize(pil_to_tensor(split.image(name)).float() / 255, CLIP_MEAN, CLIP_STD)
-            for k in present:
-                M = torch.from_numpy(labels == 1 + k).float()
-                v_f, v_b = clip.encode_image(torch.stack([M * X, (1 - M) * X])).split(1)
-                expected.append((cosine(v_b, u_f[[k]]) - cosine(v_f, u_f[[k]])
-                                 + 2 * cosine(v_f, u_b[[k]])).item())
-        assert losses[:, column].tolist() == pytest.approx(expected, abs=1e-5)  # measured 9e-7
-
-
-def test_the_score_is_the_middle_of_the_valley():
-    """A valley from 0.4 to 0.6 whose least value is at its left end: the middle, for all noise."""
-    scores, rng = np.array(SCORES), np.random.default_rng(0)
-    valley = np.maximum(0, 10 * (np.abs(scores - 0.5) - 0.125))
-    valley[np.isclose(scores, 0.4)] = -0.01
-    for _ in range(20):
-        walk = 0.3 * rng.normal(size=(250, len(scores))).cumsum(axis=1)
-        score, low, high = choose_score(torch.tensor(valley + walk), SCORES)
-        assert score == pytest.approx(0.5, abs=0.02) and low <= 0.45 and high >= 0.5
-    assert choose_score(torch.tensor(valley)[None].expand(9, -1), SCORES)[1:] == (0.4, 0.4)
-    one_flank = choose_score(torch.tensor(scores)[None], SCORES)  # from the end of the scores
-    assert one_flank[0] == pytest.approx(0.24, abs=0.01)

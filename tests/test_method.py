@@ -195,7 +195,7 @@ def test_resume_equals_uninterrupted(phase, chain, cam, tmp_path, dies_at_2):
         cam(killed, *flags)
     dies_at_2()  # not again
     assert (killed / f"{phase}.part").is_file() and not (killed / f"{phase}.pt").exists()
-    with pytest.raises(InputError, match=f"{phase}.part: begun with batch 4, now it is 5"):
+    with pytest.raises(InputError, match=f"{phase}.part: made with batch 4, now it is 5"):
         cam(killed, *flags, "--resume", "--batch", 5)
     resumed, expected = (cam(killed, *flags, "--resume", "--workers", 1)[phase],
                          cam(straight, *flags)[phase])

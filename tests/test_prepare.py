@@ -68,7 +68,7 @@ def test_voc(tmp_path, capsys):
         "mine": {"c": ["person"], "a": ["cat", "dog"]},
         "train_xml": {"a": ["cat", "dog"], "c": ["person"], "d": ["sofa"]}}
     assert (root / "train.csv").read_text() == "JPEGImages/a.jpg,cat;dog\n"
-    assert files_in(root / "masks") == files_in(root / "SegmentationClass")
+    assert (root / "masks/a.png").read_bytes() == (root / "SegmentationClass/a.png").read_bytes()
     assert (root / "classes.txt").read_text().splitlines() == ["# exif: ignore", *voc.CLASSES]
     assert "test.csv: 1 images, without labels" in capsys.readouterr().out
     before = files_in(root)
@@ -268,23 +268,16 @@ def test_outlines():
             draw([(0, outline)])
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    """Masks that are there are kept, unless other annotations or another rule made them."""
+def test_masks_of_other_annotations_are_drawn_anew_or_refused(tmp_path, capsys):
     root = coco_root(tmp_path, [(0, 1, 0, SQUARE), (3, 2, 0, SQUARE)])
-    flags, left = ["--coco", root, "--workers", 1], root / "masks/train2014_3.png"
+    flags, mask = ["--coco", root, "--workers", 1], root / "masks/train2014_3.png"
     call("coco", *flags)
-    before = files_in(root)
-    (root / "masks/train2014_0.png").unlink()
-    left.write_bytes(b"left")
-    call("coco", *flags)
-    assert files_in(root) == {**before, "masks/train2014_3.png": b"left"}
-    note = root / "masks/made_of.json"
-    note.write_text(note.read_text().replace("first", "smallest"))
-    call("coco", *flags)
-    assert files_in(root) == before
     coco_root(root, [(0, 1, 0, SQUARE), (3, 1, 0, SQUARE)])
+    assert "made_of.json: made with train" in error_line(capsys, "coco", *flags, "--resume")
+    assert labels_in(mask).max() == 2
     call("coco", *flags)
-    assert labels_in(left).max() == 1
+    assert labels_in(mask).max() == 1
+    assert "--workers 0: expected" in error_line(capsys, "coco", *flags[:2], "--workers", 0)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"images": []}', '{"x": [{"category_id": 1}]}'])
@@ -307,8 +300,9 @@ def test_real_voc(tmp_path):
         for name, classes in found.items():
             text = (root / f"Annotations/{name}.xml").read_text()
             assert set(classes) == set(re.findall("<object><name>([a-z]+)", text))
-    assert files_in(tmp_path / "masks") == files_in(root / "SegmentationClass")
-    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".png", ".csv", ".txt"}
+    found = files_in(tmp_path / "masks")
+    assert found.pop("made_of.json") and found == files_in(root / "SegmentationClass")
+    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".png", ".csv", ".txt", ".json"}
 
 
 @needs_photos

@@ -5,18 +5,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import toy as toy_world
 from conftest import CPU
 from PIL import Image
 
 import eval
-import train_cam
 import train_seg
-from clip_model import load_clip
-from common import Split, read_cams, read_labels, scaled_input
-from make_pseudo import PRESETS, dense_crf, score_labels
+from common import Split, read_labels, scaled_input
+from make_pseudo import PRESETS, dense_crf
 from mask_generator import MaskGenerator, ViT
-from train_cam import SCORES, cosine_rate, recipe_of, region_masks
+from train_cam import cosine_rate, recipe_of, region_masks
 from train_seg import Segmenter
 
 IMAGES = {"voc": 10_582, "coco": 82_081}
@@ -104,7 +101,7 @@ def test_windows_in_one_batch_are_windows_one_by_one():
     torch.manual_seed(0)
     model, seen = Segmenter(ViT(8, 64, 1, (4, 4)), 5).eval(), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    recipe = {"side": 40, "test_scales": (0.5, 0.75, 1), "test_window": 32, "test_stride": 16}
+    recipe = {"side": 40, "scales": (0.5, 0.75, 1), "window": 32, "stride": 16}
     photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     photo, total = Image.fromarray(photo), 0
     batched = eval.predict(model, photo, recipe, True, CPU)
@@ -129,8 +126,7 @@ def test_a_prediction_gives_the_crf_the_winners_alone(monkeypatch):
         return prob.flip(0)  # the winners change places
     monkeypatch.setattr(eval, "predict", lambda *_: prob)
     monkeypatch.setattr(eval, "dense_crf", crf)
-    recipe = {"test_crf": seg_recipe("voc")["test_crf"]}
-    labels = eval.predict_labels(None, Image.new("RGB", (8, 6)), recipe, True, CPU)
+    labels = eval.predict_labels(None, Image.new("RGB", (8, 6)), eval.TEST["voc"], True, CPU)
     assert seen == [(2, (3, 3), (83, 5, 3))]
     assert (labels[:, :4] == 0).all() and (labels[:, 4:] == 3).all()
 
@@ -141,7 +137,7 @@ def test_views_of_the_segmentation(toy, tmp_path):
     split = Split(toy / "data", "train")
     recipe = seg_recipe("toy") | {"crop": 80, "scale": (1, 1), "seed": 0}
     i = next(i for i, name in enumerate(split.names) if split.image(name).size == (64, 64))
-    image, labels, _ = train_seg.Labelled(split, toy / "data/masks", recipe)[0, i]
+    image, labels = train_seg.Labelled(split, toy / "data/masks", recipe)[0, i]
     truth = torch.from_numpy(read_labels(toy / f"data/masks/{split.names[i]}.png", None, 7)).long()
     assert (image[:, 64:] == 0).all() and (image[:, :, 64:] == 0).all() and image[:, :64, :64].any()
     assert (labels[64:] == 255).all() and (labels[:, 64:] == 255).all()
@@ -188,36 +184,3 @@ def test_eps_damps_faint_maps():
     S.head.weight *= 1000
     assert faint < 0.3 and region_masks(S(image)[0][0], (96, 96), 0.1).amax() > 2 * faint
     assert shape > 0.99
-
-
-def test_background_score_where_cosines_are_those_of_real_clip(toy, tmp_path, monkeypatch):
-    """CAMs made of true masks, blurred. The small CLIP's cosines, 0 to 1, and 0.15 + 0.2 of them,
-    as real CLIP's lie near 0.25: the same choice, within 2 points of the best score."""
-    pairs = dict(zip(toy_world.OBJECTS, toy_world.BACKGROUNDS))
-    toy_world.write_data(tmp_path, pairs, 60, 1, 7, 0.95)
-    split, rng = Split(tmp_path, "train"), np.random.default_rng(0)
-    counts = dict.fromkeys(SCORES, 0)
-    for name in split.names:
-        truth = read_labels(tmp_path / f"masks/{name}.png", (64, 64), 7)
-        present = np.flatnonzero(split.labels[name])
-        masks = torch.from_numpy(np.stack([truth == 1 + k for k in present])).float()
-        soft = F.avg_pool2d(F.avg_pool2d(masks, 15, 1, 7), 15, 1, 7)
-        soft = soft + 0.1 * torch.from_numpy(rng.random(masks.shape)).float()
-        cams = region_masks(F.avg_pool2d(soft, 4), (16, 16), 1e-12)[:, 0].half()
-        np.save(tmp_path / f"{name}.npy", cams.numpy())
-        full = read_cams(tmp_path, name, present, (64, 64))
-        for score in SCORES:
-            labels = score_labels(full, present, score)
-            counts[score] = counts[score] + eval.confusion_matrix(labels, truth, 7)
-    miou = [100 * np.nanmean(eval.iou(matrix)) for matrix in counts.values()]
-    clip, original, chosen = load_clip(toy / "clip.pt"), train_cam.cosine, []
-    u_f, u_b = (train_cam.class_texts(clip, words, CPU)
-                for words in (split.words, toy_world.BACKGROUNDS))
-    stage = train_cam.Stage("export", recipe_of("toy", "export", {}), split, None, CPU, None, clip,
-                            u_f)
-    for cosine in (original, lambda a, b: 0.15 + 0.2 * original(a, b)):
-        monkeypatch.setattr(train_cam, "cosine", cosine)
-        losses = train_cam.background_losses(stage, tmp_path, u_b)
-        chosen.append(train_cam.choose_score(losses, SCORES)[0])
-    assert chosen[0] == chosen[1] and max(miou) > min(miou) + 10
-    assert np.interp(chosen[0], SCORES, miou) > max(miou) - 2, (chosen, miou)
