@@ -28,7 +28,6 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # of 89 million pixels
 
 
 # ---- A user's mistake ----------------------------------------------------------------------------
@@ -138,12 +137,12 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def folder_digest(folder, files):
+def folder_digest(folder, files, remedy):
     """SHA-256 of the names and sizes of these files in a folder, and of its made_of.json"""
     paths = [Path(folder, file) for file in files]
     if missing := [path for path in paths if not path.is_file()]:
         raise InputError(f"{missing[0]}: no such file, 1 of {len(missing)}; expected one for each "
-                         f"photo, {len(files)} in all")
+                         f"photo, {len(files)} in all; {remedy}")
     note = Path(folder, "made_of.json")
     return digest([[[path.name, path.stat().st_size] for path in paths],
                    note.read_text() if note.is_file() else ""])
@@ -252,10 +251,17 @@ PALETTE = [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8))
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))  # EXIF orientation
 
 
+def open_image(path):
+    """Image.open. More than 89 million pixels, of which Pillow warns, are an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
 def read_image(path, upright=True):
     """A file -> PIL image, RGB. upright: turned as its EXIF orientation says"""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             turn = TURNS.get(image.getexif().get(0x0112)) if upright else None
@@ -287,7 +293,7 @@ def write_labels(path, labels):
 def read_labels(path, size, num_labels):
     """A label PNG -> uint8 (H, W). size: (H, W) of its photo, or None; num_labels: K + 1"""
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             if picture.mode not in ("P", "L"):
                 raise ValueError(f"mode {picture.mode}: colours, not class numbers")
             labels = np.array(picture)
@@ -399,15 +405,18 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 
+def check_loading(batch, workers):
+    if batch < world():
+        raise InputError(f"batch {batch} for {world()} processes; expected an image for each")
+    if workers < 0:
+        raise InputError(f"--workers {workers}: expected 0 or more loading processes")
+
+
 def load_batches(dataset, recipe, start, device, workers):
     """DataLoader of the steps after `start`. Shuffled passes over the photos, one after the other,
     are cut into batches, of which a process takes its part. A batch depends on seed and step alone,
     an item on seed, epoch and i: resuming and more processes or workers change nothing."""
     n, batch, seed = len(dataset), recipe["batch"], recipe["seed"]
-    if batch < world():
-        raise InputError(f"batch {batch} for {world()} processes; expected an image for each")
-    if workers < 0:
-        raise InputError(f"--workers {workers}: expected 0 or more loading processes")
     places = (range(step * batch + rank(), (step + 1) * batch, world())
               for step in range(start, recipe["steps"]))
     batches = ([(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]

@@ -300,7 +300,8 @@ def main(args):
 
 def report(args, split, mode, counts, how, record, scored):
     """Print the table, write the JSON. counts (scores, C, C)"""
-    details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in how.items())
+    details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in how.items()
+                      if value is not False)
     if not scored:
         print(f"{args.save}: labels of {len(split.names)} photos{details}, not scored: no masks; 0 "
               "background, " + ", ".join(f"{i} {name}" for i, name in enumerate(split.classes, 1)))

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import (
-    InputError, Split, claim, end_processes, folder_digest, my_share, rank, read_cams, run,
-    start_processes, wait_for_all, write_labels)
+    InputError, Split, claim, end_processes, folder_digest, my_share, open_image, rank, read_cams,
+    run, start_processes, wait_for_all, write_labels)
 
 # n classes that a photo shows, H W pixels, C labels of a CRF, V = H*W, M lattice points,
 # d features of a pixel (2: x y, or 5: x y r g b)
@@ -317,7 +317,7 @@ def read_segments(folder, name, size):
     """folder/NAME.png, a label picture of 8 or 16 bits, 0 for no segment -> int64 (H, W)"""
     path = Path(folder) / f"{name}.png"
     try:
-        segments = np.array(Image.open(path)).astype(np.int64)
+        segments = np.array(open_image(path)).astype(np.int64)
         if segments.shape != size or not 0 <= segments.min() <= segments.max() < 2**16:
             raise ValueError(f"{segments.shape} pixels (height, width), its photo {size}")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
@@ -354,9 +354,11 @@ def main(args):
     split = Split(args.data, args.split)
     shown = [name for name in split.names if split.labels[name].any()]
     record = {"background_score": args.background_score, "crf": args.crf, "photos": split.digest,
-              "cams": folder_digest(args.cams, [f"{name}.npy" for name in shown])}
+              "cams": folder_digest(args.cams, [f"{name}.npy" for name in shown], "export them, or "
+                                    "convert another program's with prepare/foreign.py")}
     if args.segments:
-        record["segments"] = folder_digest(args.segments, [f"{n}.png" for n in split.names])
+        record["segments"] = folder_digest(args.segments, [f"{n}.png" for n in split.names],
+                                           "convert SAM's with prepare/foreign.py")
     for name in shown[:1]:  # CAMs of another kind show before finished masks are removed
         read_cams(args.cams, name, np.flatnonzero(split.labels[name]), (8, 8))
     if rank() == 0:

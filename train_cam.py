@@ -43,9 +43,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from clip_model import CLIP_MEAN, CLIP_STD, load_clip, nearest_words, read_nouns, tokenize
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_classes, claim, digest,
-    end_processes, kept, load_batches, load_weights, mixed_seed, my_share, rank, read_checkpoint,
-    run, scaled_input, share_of_all, start_processes, wait_for_all, world, writing)
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_classes,
+    check_loading, claim, digest, end_processes, kept, load_batches, load_weights, mixed_seed,
+    my_share, rank, read_checkpoint, run, scaled_input, share_of_all, start_processes, wait_for_all,
+    world, writing)
 from mask_generator import (
     CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit, weight_file)
 
@@ -566,6 +567,7 @@ def main(args):
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
     for phase in phases:
         torch.manual_seed(args.seed)
+        check_loading(recipe_of(args.recipe, phase, changes).get("batch", world()), args.workers)
         recipe = record_of(phase, recipe_of(args.recipe, phase, changes), args, split, texts)
         given = {} if phase in ("classify", "export") else texts
         if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume,

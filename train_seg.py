@@ -33,9 +33,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, digest, end_processes,
-    folder_digest, kept, load_batches, load_weights, mixed_seed, rank, read_checkpoint, read_labels,
-    run, share_of_all, start_processes, sum_over_processes, world)
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_loading, digest,
+    end_processes, folder_digest, kept, load_batches, load_weights, mixed_seed, rank,
+    read_checkpoint, read_labels, run, share_of_all, start_processes, sum_over_processes, world)
 from mask_generator import Block, Linear, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
@@ -237,8 +237,10 @@ def main(args):
     recipe |= {key: value for key, value in short.items() if value is not None}
     if min(recipe["steps"], recipe["batch"]) < 1:
         raise InputError("--steps, --batch: expected whole numbers above 0")
+    check_loading(recipe["batch"], args.workers)
     recipe |= {"recipe": args.recipe, "seed": args.seed, "photos": split.digest,
-               "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names]),
+               "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names],
+                                       "make_pseudo.py writes them"),
                "weights": digest(weight_file(args.vit))}
     if not kept(args.out / "seg.pt", recipe, args.resume, AGAIN):
         torch.manual_seed(args.seed)

@@ -243,9 +243,10 @@ def main(args):
         raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
     names = [name for name in split.names if args.segments or split.labels[name].any()]
     present = {name: np.flatnonzero(split.labels[name]).tolist() for name in names}
+    remedy = "pass the list that the program was given"
     if args.cams:
         files = [f"{name}.npy" for name in names]
-        record = {"cams": folder_digest(source, files), "photos": split.digest}
+        record = {"cams": folder_digest(source, files, remedy), "photos": split.digest}
         keys = [set(read_dict(source / file)) for file in tqdm(files, "read", disable=None)]
         numbering = choose_numbering(keys, present.values(), len(split.classes))
         if numbering is None:
@@ -257,7 +258,7 @@ def main(args):
         print(f"{source}: classes are numbered {numbering}")
     else:
         files = [segment_file(source, name).name for name in names]
-        record = {"segments": folder_digest(source, files), "photos": split.digest}
+        record = {"segments": folder_digest(source, files, remedy), "photos": split.digest}
     claim(out, [name + ending for name in split.names], record, args.resume,
           [*split.folders, source])
     left = [name for name in names if not (out / (name + ending)).is_file()]

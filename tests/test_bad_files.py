@@ -19,17 +19,13 @@ PHASE = ("train_cam --data {w}/data --split few --clip {w}/clip.pt --vit {w}/vit
 PSEUDO = "make_pseudo --data {w}/data --split few --cams {w}/cam/cams --out {w}/new --device cpu"
 EVAL = "eval --data {w}/data --split few --device cpu "
 KINDS = {  # kind: (the file, script and flags)
-    "photo": (f"data/images/{NAME}.jpg", f"{PSEUDO} --background-score 0.4"),
+    "photo": (f"data/images/{NAME}.jpg", PSEUDO),
     "csv": ("data/few.csv", PHASE + "classify"),
     "classes": ("data/classes.txt", PHASE + "classify"),
     "label": (f"masks/{NAME}.png", EVAL + "--pred {w}/masks"),
     "segments": (f"segments/{NAME}.png", f"{PSEUDO} --segments {{w}}/segments"),
     "cam": (f"cam/cams/{NAME}.npy", PSEUDO),
-    "part": ("cam/match.part", PHASE + "match --resume"),
-    "classify": ("cam/classify.pt", PHASE + "match"),
-    "match": ("cam/match.pt", PHASE + "prompts"),
-    "prompts": ("cam/prompts.pt", PHASE + "refine"),
-    "refine": ("cam/refine.pt", PHASE + "export --cams {w}/new"),
+    "generator": ("cam/refine.pt", PHASE + "export --cams {w}/new"),
     "seg": ("seg/seg.pt", EVAL + "--checkpoint {w}/seg/seg.pt --scales 1 --no-flip --crf none"),
     "CLIP": ("clip.pt", PHASE + "match"),
     "DeiT": ("vit.pth", PHASE + "classify"),
@@ -126,7 +122,7 @@ OWN = {
               "10^12 values": first_tensor(torch.zeros(1).expand(10**6, 10**6)),
               "NaN": first_tensor(torch.full((2, 3), torch.nan))} for kind in CHECKPOINTS},
 }
-for sized in ("classify", "refine", "seg"):
+for sized in ("generator", "seg"):
     OWN[sized] |= {"width 10^7": changed(lambda state: state["vit"].update(width=10**7)),
                    "no sizes": changed(lambda state: state.update(vit={}))}
 CASES = [(kind, title) for kind in KINDS for title in {**ANY, **OWN[kind]}]
@@ -134,7 +130,7 @@ CASES = [(kind, title) for kind in KINDS for title in {**ANY, **OWN[kind]}]
 
 @pytest.fixture(scope="module")
 def world(toy, chain, tmp_path_factory):
-    """Two photos, all weights, and what the stages make of them; a matching that was killed"""
+    """Two photos, all weights, and what the stages make of them"""
     w = tmp_path_factory.mktemp("bad")
     for file in ("clip.pt", "vit.pth", "resnet.pth"):
         shutil.copy(toy / file, w / file)
@@ -142,9 +138,6 @@ def world(toy, chain, tmp_path_factory):
         shutil.copytree(source, w / source.name)
     shutil.copytree(w / "masks", w / "segments")
     (w / "data/few.csv").write_text("".join((w / "data/train.csv").open().readlines()[1:3]))
-    with pytest.MonkeyPatch.context() as patch:  # the .part of a run that ends is kept
-        patch.setattr("common.Journal.finish", lambda *args, **state: None)
-        call(*f"{PHASE}match".format(w=w).split())
     return w
 
 
@@ -155,8 +148,6 @@ def test_bad_file(kind, title, world, tmp_path, capsys):
     path = kept / place
     path.unlink()
     shutil.copy(world / place, path)
-    if kind == "part":
-        (kept / "cam/match.pt").unlink()
     {**ANY, **OWN[kind]}[title](path)
     code = 0
     try:

@@ -172,8 +172,9 @@ def test_words_of_a_prompt_and_the_command_line(pair, tmp_path, capsys):
     assert [float(p) for p, _ in found] == pytest.approx(expected.tolist(), abs=0.011)
 
 
-def test_an_archive_of_openai(tmp_path):
-    """TorchScript, traced, in half precision, with three numbers beside the weights"""
+def test_an_archive_of_openai(tmp_path, monkeypatch):
+    """TorchScript, traced, in half precision, with three numbers beside the weights. It runs code
+    while it is loaded, so only files whose SHA-256 is known are."""
     model = reference_model(SIZES["small"])
     expected = {key: value.clone() for key, value in model.state_dict().items()}
     for name, value in [("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)]:
@@ -183,8 +184,16 @@ def test_an_archive_of_openai(tmp_path):
         warnings.simplefilter("ignore")
         example = (torch.zeros(1, 3, 64, 64), tokenize("cat"))
         torch.jit.trace(model, example, check_trace=False).half().save(tmp_path / "archive.pt")
-        found = load_clip(tmp_path / "archive.pt").state_dict()
-    assert not moved(expected, found)
+        monkeypatch.setattr(torch.jit, "load", None)  # is not called
+        with pytest.raises(InputError, match="TorchScript, and not a file of OpenAI's"):
+            load_clip(tmp_path / "archive.pt")
+        monkeypatch.undo()
+        torch.save(torch.jit.load(tmp_path / "archive.pt").state_dict(), tmp_path / "converted.pt")
+        assert not moved(expected, load_clip(tmp_path / "converted.pt").state_dict())
+        sha256 = hashlib.sha256((tmp_path / "archive.pt").read_bytes()).hexdigest()
+        monkeypatch.setitem(clip_model.MODELS, "mine", f"{sha256}/archive.pt")
+        clip = load_clip(tmp_path / "archive.pt")
+    assert not moved(expected, clip.state_dict()) and clip.sha256 == sha256
 
 
 @torch.no_grad()

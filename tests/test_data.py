@@ -1,10 +1,13 @@
 """The data layout as people write it; label pictures and files; batches."""
+import struct
+
 import numpy as np
 import pytest
 from conftest import CPU, check_label_png, error_line, files_in
 from PIL import Image
 
 import common
+from make_pseudo import read_segments
 from common import (
     PALETTE, InputError, Split, load_batches, read_labels, write_labels, writing)
 
@@ -100,3 +103,32 @@ def test_batches(monkeypatch):
         assert sorted(sum(parts, [])) == sorted(whole)
     assert places(monkeypatch, 10, 9, start=5, rank=1, world=3) == shares[1][5:]
     assert places(monkeypatch, 10, 9, seed=6) != alone
+
+
+def test_an_exif_tag_of_a_wrong_type_does_not_matter(tmp_path):
+    """Orientation 6 beside an XResolution that is text, as some programs write it"""
+    tags = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHI4sI", 0x011A, 2, 2, b"x", 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    assert common.read_image(tmp_path / "a.jpg").size == (2, 4)
+
+
+def test_a_table_that_is_none(tmp_path):
+    root = photos(tmp_path, table='"' + "a,cat\n" * 40_000)
+    with pytest.raises(InputError, match="train.csv: no table .*field larger"):
+        Split(root, "train")
+
+
+def test_rank_without_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="RANK is set and MASTER_ADDR is not"):
+        common.start_processes("cpu")
+
+
+def test_a_huge_label_picture_is_one_line(tmp_path):
+    """Of 100 million pixels Pillow warns: whose photo has one, has too many for memory."""
+    Image.new("L", (10_000, 10_000)).save(tmp_path / "a.png")
+    for read in (lambda path: read_labels(path, None, 3), common.read_image,
+                 lambda path: read_segments(tmp_path, "a", (10_000, 10_000))):
+        with pytest.raises(InputError, match="a.png: no"):
+            read(tmp_path / "a.png")

@@ -18,7 +18,7 @@ from common import Split, read_image, write_labels
 from eval import confusion_matrix, iou, predict
 from make_pseudo import score_labels
 from mask_generator import ViT
-from train_seg import TABLE, Segmenter
+from train_seg import Segmenter
 
 PETS = ["cat", "dog", "été"]
 labels = arrays(np.uint8, (5, 4), elements=st.sampled_from([0, 1, 2, 3, 255]))
@@ -82,7 +82,7 @@ def test_score_labels_by_hand():
     assert score_labels(cams[:0], np.array([], int), 0.5).tolist() == [[0] * 3]
 
 
-RECIPE = {key: row[2] for key, row in TABLE.items()} | {"test_scales": (1, 1.5)}
+RECIPE = eval.TEST["toy"] | {"side": 64, "scales": (1, 1.5)}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def segmenter(tmp_path_factory):
     model, path = Segmenter(ViT(8, 64, 1, (4, 4)), 4), tmp_path_factory.mktemp("model") / "seg.pt"
     torch.nn.init.normal_(model.label_vectors)
     torch.save({"segmenter": model.state_dict(), "vit": model.trunk.sizes, "classes": PETS,
-                "recipe": RECIPE}, path)
+                "recipe": "toy", "record": {"side": 64}}, path)
     return path
 
 
@@ -121,8 +121,9 @@ def test_any_photos_are_predicted(segmenter, tmp_path, capsys):
     for file in ("notes.txt", ".hidden.jpg"):
         (folder / file).write_text("no photo")
     out = tmp_path / "new/out"
-    call("eval", "--images", folder, "--checkpoint", segmenter, "--save", out, "--crf", "none")
-    assert "labels of 6 photos" in capsys.readouterr().out and len(files_in(out)) == 2 * 6
+    call("eval", "--images", folder, "--checkpoint", segmenter, "--save", out, "--crf", "none",
+         "--scales", 1, 1.5)
+    assert "labels of 6 photos" in capsys.readouterr().out and len(files_in(out)) == 2 * 6 + 1
     for path in (path for path in folder.glob("[!.]*") if path.suffix != ".txt"):
         photo = read_image(path)  # upright
         check_label_png(out / f"{path.stem}.png", photo.size, range(4))
@@ -138,8 +139,37 @@ def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path
     shutil.rmtree(pets / "masks")
     call("eval", *flags, "--save", tmp_path / "saved")
     printed, split = capsys.readouterr().out, Split(pets, "train")
-    assert "not scored" in printed and "present classes only" in printed and "mIoU" not in printed
+    assert "not scored" in printed and "present only True" in printed and "mIoU" not in printed
     for name in split.names:
         shown = {0, *(1 + np.flatnonzero(split.labels[name])).tolist()}
         check_label_png(tmp_path / f"saved/{name}.png", (12, 8), shown)
     assert "masks/a.png" in error_line(capsys, "eval", *flags)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--pred p --crf voc", "--crf: only with --checkpoint"),
+    ("--pred p --no-flip", "--flip: only with --checkpoint"),
+    ("--cams c --flip", "--flip: only with --checkpoint"),
+    ("--cams c --present-only", "--present-only: only with --checkpoint"),
+    ("--pred p --scales 1", "--scales: only with --checkpoint"),
+    ("--pred p --oracle-sweep", "--oracle-sweep: only with --cams"),
+    ("--pred p --background-score 0.4", "--background-score: only with --cams"),
+    ("--cams c --background-score 1", "--background-score 1.0: expected a number in (0, 1)"),
+    ("--checkpoint s --scales 0", "expected numbers above 0")])
+def test_flags_that_the_mode_ignores_are_refused(flags, says, capsys):
+    assert says in error_line(capsys, "eval", "--data", "none", *flags.split())
+
+
+def test_what_cannot_be_scored(segmenter, pets, tmp_path, capsys):
+    """Photos without any label; truth that is all 255; predictions that go nowhere"""
+    checkpoint = ["--checkpoint", segmenter]
+    (pets / "test.csv").write_text("images/a.jpg,\nimages/c.PNG,\n")
+    assert "names no class of any photo" in error_line(
+        capsys, "eval", "--data", pets, "--split", "test", "--present-only", *checkpoint)
+    for flags, says in (([], "pass --save"), (["--present-only", "--save", tmp_path], "no labels")):
+        assert says in error_line(capsys, "eval", "--images", pets / "images", *checkpoint, *flags)
+    for name in "abc":
+        write_labels(pets / f"masks/{name}.png", np.full((8, 12), 255, np.uint8))
+    assert "every pixel is 255" in error_line(capsys, "eval", "--data", pets, "--split", "train",
+                                              "--pred", pets / "pred", "--json", pets / "s.json")
+    assert not (pets / "s.json").exists()

@@ -214,14 +214,18 @@ def test_segments_of_every_format(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, why", [
-    (None, "FileNotFound"), ("[{", "JSONDecode"), ([[60000, 60000], [3600000000]], "of size"),
+    ("[{", "JSONDecode"), ([[60000, 60000], [3600000000]], "of size"),
     ([SIZE, [2**62] * 4 + [252]], ""), ([SIZE, "o" * 30], ""), (MAP[None] > 0, "array of bool"),
     (np.zeros((2, *SIZE)), "array of float64"), (MAP, "more than 512 MB")])
 def test_segments_that_do_not_fit_are_refused(content, why, data, tmp_path, capsys):
-    path = tmp_path / "ours/a.npz"
+    path = tmp_path / "sam/a.npz"
+    path.parent.mkdir()
+    for name in SHOWN:
+        np.savez(path.with_name(f"{name}.npz"), np.ones((1, *SIZE), bool))
     if isinstance(content, np.ndarray):
         np.savez(path, content)
-    elif content:
+    else:
+        path.unlink()
         runs = json.dumps([{"segmentation": dict(zip(("size", "counts"), content))}])
         path.with_suffix(".json").write_text(content if content == "[{" else runs)
     if "512" in why:  # so says the archive's list of contents

@@ -91,7 +91,7 @@ def test_two_processes_write_what_one_writes(root, chain, tmp_path):
                       "--no-python", sys.executable, "-c", code, tmp_path / "2")
     assert told.count("mIoU") == 1  # one process reports, and writes the scores
     assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
-    assert len(files_in(tmp_path / "1")) == 3 + 1 + 2 * 3 + 1
+    assert len(files_in(tmp_path / "1")) == 3 + 1 + 2 * 3 + 1 + 1  # with two made_of.json
 
 
 def test_the_export_is_in_float32(chain, cam, tmp_path):
@@ -188,3 +188,19 @@ def test_a_missing_label_shows_at_the_start(toy, chain, tmp_path, capsys):
     line = error_line(capsys, "train_seg", "--data", toy / "data", "--labels", labels, "--vit",
                       toy / "vit.pth", "--out", tmp_path / "seg", *TINY)
     assert "train_00007.png: no such file, 1 of 1" in line and not (tmp_path / "seg").exists()
+
+
+def test_a_photo_of_5000_to_1_is_resized_to_what_a_crop_needs(toy, tmp_path, monkeypatch):
+    """Not to 260,000 x 520 pixels before the crop"""
+    (tmp_path / "classes.txt").write_text("cat")
+    (tmp_path / "train.csv").write_text("a.png,cat")
+    Image.new("RGB", (5000, 1)).save(tmp_path / "a.png")
+    Image.new("L", (5000, 1), 1).save(tmp_path / "l.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "l.png").rename(tmp_path / "labels/a.png")
+    recipe = {key: row[0] for key, row in train_seg.TABLE.items()} | {"seed": 0}
+    sizes, resize = [], train_seg.v2.functional.resize
+    monkeypatch.setattr(train_seg.v2.functional, "resize", lambda x, size, mode: (
+        sizes.append(size), resize(x, size, mode))[1])
+    image, labels = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe)[0, 0]
+    assert max(map(max, sizes)) <= 2 * 4 * 520 and image.shape[1:] == labels.shape == (480, 480)
