@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import re
 import sys
-from _codecs import encode
+from _codecs import encode  # torch 2.4 does not allow it by itself
 from pathlib import Path
 
 import numpy as np

@@ -131,18 +131,18 @@ def test_positions_are_resized_once_to_the_crop(toy):
 
 @torch.no_grad()
 def test_windows_in_one_batch_are_windows_one_by_one():
-    """Of photos whose short side is 20, 30 and 40 pixels: the first two are enlarged to 32, whole
-    numbers rounded down. A photo and its mirror image are one batch."""
+    """Three views, whose short sides have 20, 30 and 40 pixels; the first two are enlarged from there
+    to a window, 32. A view and its mirror image are one batch."""
     torch.manual_seed(0)
     model, seen = Segmenter(ViT(8, 64, 1, (4, 4)), 5).eval(), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     recipe = {"side": 40, "test_scales": (0.5, 0.75, 1), "test_window": 32, "test_stride": 16}
-    photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
+    photo = np.random.default_rng(0).integers(0, 256, (50, 91, 3), dtype=np.uint8)
     photo, total = Image.fromarray(photo), 0
     batched = eval.predict(model, photo, recipe, True, CPU)
-    assert seen == [6, 6, 8, 8]  # 32 x 57 twice: 3 windows; 40 x 72: 8; all mirrored as well
+    assert seen == [6, 6, 8, 8]  # 32 x 57, 32 x 58: 3 windows; 40 x 73: 8; all mirrored as well
     pixels = normalize(pil_to_tensor(photo).float()[None] / 255, IMAGENET_MEAN, IMAGENET_STD)
-    for sizes in ([(20, 36), (32, 57)], [(30, 54), (32, 57)], [(40, 72)]):
+    for sizes in ([(20, 36), (32, 57)], [(30, 55), (32, 58)], [(40, 73)]):
         x = pixels
         for size in sizes:
             x = F.interpolate(x, size=size, mode="bilinear")
@@ -157,7 +157,7 @@ def test_windows_in_one_batch_are_windows_one_by_one():
                     scores[window] += model(view[window][None])[0]
                     seen_by = seen_by + place
             scores = (scores / seen_by).flip(2) if flip else scores / seen_by
-            scores = F.interpolate(scores[None], size=(50, 90), mode="bilinear")[0]
+            scores = F.interpolate(scores[None], size=(50, 91), mode="bilinear")[0]
             total = total + scores.softmax(dim=0) / 6
     torch.testing.assert_close(batched, total)
     assert eval.window_view(Image.new("RGB", (1000, 50)), 40, 32).shape == (1, 3, 32, 640)
