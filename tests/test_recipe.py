@@ -131,7 +131,7 @@ def test_positions_are_resized_once_to_the_crop(toy):
 
 @torch.no_grad()
 def test_windows_in_one_batch_are_windows_one_by_one():
-    """Three views, whose short sides have 20, 30 and 40 pixels; the first two are enlarged from there
+    """Views of short sides 20, 30 and 40, of which the first two are enlarged from there
     to a window, 32. A view and its mirror image are one batch."""
     torch.manual_seed(0)
     model, seen = Segmenter(ViT(8, 64, 1, (4, 4)), 5).eval(), []
