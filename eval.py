@@ -16,7 +16,6 @@ Prints a table; writes a JSON and the predicted PNGs where asked.
 """
 import argparse
 import json
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -26,11 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import v2
 
 from common import (
-    PALETTE, InputError, Split, autocast, check_classes, claim, digest, end_processes, my_share,
-    rank, read_cams, read_labels, run, scaled_input, start_processes, sum_over_processes,
-    wait_for_all, write_labels, writing)
+    IMAGENET_MEAN, IMAGENET_STD, PALETTE, InputError, Split, check_classes, claim, digest,
+    end_processes, my_share, rank, read_cams, read_labels, run, scaled_input, start_processes,
+    sum_over_processes, wait_for_all, write_labels, writing)
 from make_pseudo import BACKGROUND_SCORE, PRESETS, check_score, dense_crf, score_labels
 from train_seg import load_segmenter
 
@@ -75,39 +75,51 @@ def iou(matrix):
 # ---- Prediction ---------------------------------------------------------------------------------
 
 def slide(model, x, window, stride, batch=8):
-    """x (B, 3, H, W) -> scores (B, C, H, W), means over windows `stride` pixels apart, the last at
-    the border; `batch` of them go through the model at a time"""
+    """x (B, 3, H, W), no side shorter than a window -> scores (B, C, H, W), means over windows
+    `stride` pixels apart, the last at the border; `batch` of them go through the model at a time"""
     B, _, H, W = x.shape
-    h, w = min(window, H), min(window, W)
-    places = list(product([*range(0, H - h, stride), H - h], [*range(0, W - w, stride), W - w]))
-    windows = torch.cat([x[:, :, top:top + h, left:left + w] for top, left in places])
+    places = list(product([*range(0, H - window, stride), H - window],
+                          [*range(0, W - window, stride), W - window]))
+    windows = torch.cat([x[:, :, top:top + window, left:left + window] for top, left in places])
     scores = torch.cat([model(part) for part in windows.split(batch)])
-    scores = scores.unflatten(0, (len(places), B))                       # (places, B, C, h, w)
+    scores = scores.unflatten(0, (len(places), B))               # (places, B, C, window, window)
     total, seen = scores.new_zeros(B, scores.shape[2], H, W), scores.new_zeros(H, W)
     for part, (top, left) in zip(scores, places):
-        total[:, :, top:top + h, left:left + w] += part
-        seen[top:top + h, left:left + w] += 1
+        total[:, :, top:top + window, left:left + window] += part
+        seen[top:top + window, left:left + window] += 1
     return total / seen
+
+
+def window_view(photo, side, window):
+    """PIL photo -> (1, 3, h, w), ImageNet-normalised, as published: the short side has `side`
+    pixels, the long one at most eight times as many. If that is less than a window, the view is
+    enlarged from there: scale 0.5 of side 520 is a blurred 480."""
+    factor = min(side / min(photo.size), 8 * side / max(photo.size))
+    W, H = (int(factor * pixels + 0.5) for pixels in photo.size)
+    x = v2.functional.pil_to_tensor(photo).float()[None] / 255
+    x = F.interpolate(v2.functional.normalize(x, IMAGENET_MEAN, IMAGENET_STD), size=(H, W),
+                      mode="bilinear")
+    if (short := min(H, W)) < window:
+        x = F.interpolate(x, size=(H * window // short, W * window // short), mode="bilinear")
+    return x
 
 
 @torch.no_grad()
 def predict(model, photo, recipe, flip, device):
-    """PIL photo -> probabilities (C, H, W): mean softmax over scales and mirror images.
+    """PIL photo -> probabilities (C, H, W): mean softmax over scales and mirror images, in float32.
     recipe: a row of TEST, and side, the short side at scale 1"""
     W, H = photo.size
-    short, window, total = min(H, W), recipe["window"], 0
-    # As in Segmenter, no side is shorter than a window: of 520, scales 0.5 and 0.75 are both 480
-    sides = [max(scale * recipe["side"], window or 0) for scale in recipe["scales"]]
-    for side, times in Counter(sides).items():
-        patches = 8192 if window else 2048  # at most
-        x = scaled_input(photo, side / short, model.trunk.patch, patches).to(device)
+    window, scales, total = recipe["window"], recipe["scales"], 0
+    for scale in scales:
+        side = scale * recipe["side"]
+        x = (window_view(photo, side, window) if window else
+             scaled_input(photo, side / min(H, W), model.trunk.patch, 2048)).to(device)
         x = torch.cat([x, x.flip(3)]) if flip else x                     # (2 or 1, 3, h, w)
-        with autocast(device, "auto"):
-            scores = slide(model, x, window, recipe["stride"]) if window else model(x)
+        scores = slide(model, x, window, recipe["stride"]) if window else model(x)
         scores = torch.cat([scores[:1], scores[1:].flip(3)])             # (2 or 1, C, h, w)
         scores = F.interpolate(scores, size=(H, W), mode="bilinear")
-        total = total + times * scores.softmax(dim=1).mean(dim=0)
-    return total / len(sides)
+        total = total + scores.softmax(dim=1).mean(dim=0)
+    return total / len(scales)
 
 
 def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):

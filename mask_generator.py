@@ -10,8 +10,7 @@ A_m is the map of attention head m, of all layers; A_c2p are the rows of A from 
 patches, A_p2p those from patches to patches. The classification phase trains three image-level
 predictions: class tokens, pooled coarse, pooled fine; the last one trains the fusion alone. Class
 and patch tokens are read before the trunk's last norm. fine is the CAM, never negative;
-train_cam.region_masks scales it to the mask in [0, 1] that CLIP sees. As in WeakTr (but see
-docs/differences.md for the features), except:
+train_cam.region_masks scales it to the mask in [0, 1] that CLIP sees. As in WeakTr, except:
   [detail 1] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned
              nothing to attend to.
   [detail 2] Where relu leaves nothing of a map, the gradient that would raise it still passes.
@@ -181,31 +180,33 @@ class Block(nn.Module):
         y, maps = self.attn(self.norm1(x), with_maps)
         x = x + self.drop(y)
         x = x + self.drop(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
-        return x, maps, y.unflatten(2, (-1, HEAD_WIDTH))
+        # As WeakTr counts them, the features of head a are the channels a, a + A, a + 2A, ...
+        return x, maps, y.unflatten(2, (HEAD_WIDTH, -1)).transpose(2, 3)
 
 
 class ViT(nn.Module):
-    """A DeiT of any size. grid (h, w): of the position embeddings; images may have any size.
-    ViT(**vit.sizes) is the same trunk with other weights."""
+    """A DeiT of any size. grid (h, w): of the position embeddings; images may have any size. eps:
+    of its norms. ViT(**vit.sizes) is the same trunk with other weights."""
 
-    def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), drop_path=0.0):
+    def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), eps=1e-6, drop_path=0.0):
         super().__init__()
-        self.sizes = {"patch": patch, "width": width, "layers": layers, "grid": list(grid)}
+        self.sizes = {"patch": patch, "width": width, "layers": layers, "grid": list(grid),
+                      "eps": eps}
         self.patch, self.width, self.grid = patch, width, tuple(grid)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, drop_path * i / max(1, layers - 1))
+        self.blocks = nn.ModuleList(Block(width, drop_path * i / max(1, layers - 1), eps=eps)
                                     for i in range(layers))  # drop path grows from 0
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps)
 
-    def position(self, h, w):
-        """Position embeddings of an h x w grid, (1, h*w, D): bicubic from the checkpoint's"""
+    def position(self, h, w, mode="bicubic"):
+        """Position embeddings of an h x w grid, (1, h*w, D), interpolated from those of `grid`"""
         pos = self.pos_embed[:, 1:]
         if (h, w) != self.grid:
             pos = pos.transpose(1, 2).reshape(1, self.width, *self.grid)
             # size=, not scale_factor=: a rounded scale samples at shifted places
-            pos = F.interpolate(pos, size=(h, w), mode="bicubic").flatten(2).transpose(1, 2)
+            pos = F.interpolate(pos, size=(h, w), mode=mode).flatten(2).transpose(1, 2)
         return pos
 
     def embed(self, image, class_tokens):
@@ -308,12 +309,17 @@ def load_vit(name, drop_path=0.0):
     path = weight_file(name)
     state = read_weights(path, ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"),
                          "a DeiT", "--vit", VITS)
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)  # DeiT's grids are square
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    return load_weights(lambda: ViT(patch, width, layers, (side, side), drop_path), state, path,
+    return load_weights(lambda: ViT(**vit_sizes(state), drop_path=drop_path), state, path,
                         "a DeiT with timm's names")
+
+
+def vit_sizes(state):
+    """A DeiT's state dict -> {patch, width, layers, grid}. DeiT's grids are square."""
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    return {"patch": patch, "width": width, "layers": layers, "grid": (side, side)}
 
 
 def load_resnet(name):

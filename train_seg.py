@@ -5,7 +5,8 @@ over patches and K + 1 label vectors, scores each of the K + 1 labels for every 
 are up-sampled to pixels:
 
   score(patch, label) = LayerNorm over the labels of cos(P patch, Q label), P, Q matrices   [eq. S1]
-  loss = mean of L_i = -log softmax(scores_i)_y over the pixels i whose label y is not 255 (ignore)
+  L_i  = -log softmax(scores_i)_y at pixel i with label y, 0 where y is 255 (ignore)
+  loss = mean of L_i over all pixels i of the batch, ignored ones too
 
 Wrong pseudo masks cause high losses. For VOC and COCO these are clipped, as in WeakTr, in each
 batch whose mean of L is at most 1.2:
@@ -35,14 +36,14 @@ from torchvision.transforms import InterpolationMode, v2
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_loading, digest,
     end_processes, folder_digest, kept, load_batches, load_weights, mixed_seed, rank,
-    read_checkpoint, read_labels, run, share_of_all, start_processes, sum_over_processes, world)
+    read_checkpoint, read_labels, run, start_processes, sum_over_processes, world)
 from mask_generator import Block, Linear, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
 
 TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 82,081 images
     #                voc          coco         toy
-    "steps":        (264_500,     2_052_000,   1_050),
+    "steps":        (264_600,     2_052_100,   1_050),
     "batch":        (4,           4,           8),
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
@@ -93,30 +94,27 @@ class Segmenter(nn.Module):
         return scores[:, :, :image.shape[2], :image.shape[3]]  # the trunk pads to whole patches
 
 
-def clip_high_losses(losses, counted, start, patch):
+def clip_high_losses(losses, start, patch):
     """L_i := min(L_i, max(mean of L over i's tile of all images, mean of L)) where the mean of L is
     at most `start`   [eq. S2]
 
-    losses L (B, H, W), 0 where counted (B, H, W) is 0. Means run over the counted pixels of all
-    processes; no gradient passes through the bounds."""
+    losses L (B, H, W). Means run over all pixels of all processes, which have equally many; no
+    gradient passes through the bounds."""
     _, H, W = losses.shape
-    sums = torch.stack([losses.detach().sum(0), counted.sum(0)])                 # (2, H, W)
-    sums = F.avg_pool2d(F.pad(sums, (0, -W % patch, 0, -H % patch)), patch)
-    sums = sum_over_processes(sums)                                      # (2, H/patch, W/patch)
-    mean, means = sums[0].sum() / sums[1].sum(), sums[0] / sums[1].clamp(min=1e-9)
+    average = sum_over_processes(losses.detach().mean(0)) / world()      # over images, (H, W)
+    mean = average.mean()
+    means = F.avg_pool2d(average[None], patch, ceil_mode=True)[0]        # (H/patch, W/patch)
     bound = means.maximum(mean).repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:H, :W]
     return torch.where(mean <= start, losses.minimum(bound), losses)
 
 
 def segmentation_step(model, image, labels, recipe):
-    """image (B, 3, H, W), labels (B, H, W) on the CPU -> {"loss": mean L_i}, n labelled pixels"""
-    n = (labels != 255).sum().item()
+    """image (B, 3, H, W), labels (B, H, W) on the CPU -> {"loss": mean L_i}, n pixels"""
     scores, labels = model(image), labels.to(image.device, non_blocking=True)    # (B, K + 1, H, W)
     losses = F.cross_entropy(scores, labels, ignore_index=255, reduction="none")    # (B, H, W)
     if recipe["clip_start"]:
-        counted = (labels != 255).float()
-        losses = clip_high_losses(losses, counted, recipe["clip_start"], recipe["clip_patch"])
-    return {"loss": losses.sum() / max(1, n)}, n
+        losses = clip_high_losses(losses, recipe["clip_start"], recipe["clip_patch"])
+    return {"loss": losses.mean()}, losses.numel()
 
 
 def train(model, photos, recipe, args, device):
@@ -144,7 +142,7 @@ def train(model, photos, recipe, args, device):
             values, n = segmentation_step(parallel, image.to(device, non_blocking=True), labels,
                                           recipe)
         optimizer.zero_grad()
-        scaler.scale(values["loss"] * share_of_all(n, device)).backward()
+        scaler.scale(values["loss"]).backward()
         scaler.step(optimizer)
         scaler.update()
         journal.write(step, len(photos), values, n)
@@ -196,6 +194,17 @@ class Labelled(Dataset):
         return F.pad(photo, around), F.pad(labels, around, value=255)[0].long()
 
 
+def load_trunk(path, recipe):
+    """A DeiT, by name or file, as Segmenter trains it: positions resized once, to the patches of a
+    crop, and norms with eps 1e-5"""
+    vit = load_vit(path)
+    side = -(-recipe["crop"] // vit.patch)
+    positions = torch.cat([vit.pos_embed[:, :1], vit.position(side, side, "bilinear")], dim=1)
+    trunk = ViT(**vit.sizes | {"grid": (side, side), "eps": 1e-5}, drop_path=recipe["drop_path"])
+    trunk.load_state_dict(vit.state_dict() | {"pos_embed": positions})
+    return trunk
+
+
 def load_segmenter(path):
     """OUT/seg.pt -> Segmenter in eval mode, the recipe's name, `side`, the classes it knows"""
     remedy = "train one with train_seg.py"
@@ -238,13 +247,16 @@ def main(args):
     if min(recipe["steps"], recipe["batch"]) < 1:
         raise InputError("--steps, --batch: expected whole numbers above 0")
     check_loading(recipe["batch"], args.workers)
+    if recipe["batch"] % world():
+        raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {world()} "
+                         "processes")
     recipe |= {"recipe": args.recipe, "seed": args.seed, "photos": split.digest,
                "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names],
                                        "make_pseudo.py writes them"),
                "weights": digest(weight_file(args.vit))}
     if not kept(args.out / "seg.pt", recipe, args.resume, AGAIN):
         torch.manual_seed(args.seed)
-        vit = load_vit(args.vit, recipe["drop_path"])
+        vit = load_trunk(args.vit, recipe)
         model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
         photos = Labelled(split, args.labels, recipe)
         journal = train(model, photos, recipe, args, device)

@@ -64,6 +64,15 @@ def test_any_image_size(H, W):
 
 
 @torch.no_grad()
+def test_features_of_a_head_are_every_heads_th_channel():
+    torch.manual_seed(0)
+    block, x = ViT(4, 192, 1, (2, 2)).blocks[0], torch.randn(2, 5, 192)
+    _, _, written = block(x)
+    channels, _ = block.attn(block.norm1(x), False)
+    assert all(written[:, :, a].equal(channels[:, :, a::3]) for a in range(3))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("h, w", [(3, 5), (8, 2)])
 def test_fusion_and_fine_cam_by_hand(h, w):
     """[eq. W2] of 3 layers of 2 heads; [eq. W3] fine = A_p2p (A_c2p * relu(coarse))"""
