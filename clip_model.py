@@ -342,11 +342,18 @@ def read_nouns():
 
 
 @torch.no_grad()
-def nearest_words(features, words, clip, top=5):
-    """Features (K, E) -> for each the words [(word, cosine), ...] whose "a photo of {word}." is
-    nearest in CLIP's space"""
+def class_texts(clip, words):
+    """u_k = E_T("a photo of {word}."): K words -> (K, E)"""
     tokens = tokenize([f"a photo of {word}." for word in words], clip.context_length)
-    texts = torch.cat([clip.encode_text(part) for part in tokens.to(features.device).split(256)])
+    tokens = tokens.to(clip.text_projection.device)
+    return torch.cat([clip.encode_text(part) for part in tokens.split(256)])
+
+
+@torch.no_grad()
+def nearest_words(features, words, clip, top=5):
+    """Features (K, E) -> for each the words [(word, cosine), ...] whose text is nearest in CLIP's
+    space"""
+    texts = class_texts(clip, words)                                             # (words, E)
     cosine = F.normalize(features.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
     values, places = cosine.topk(min(top, len(words)), dim=1)                    # (K, top)
     return [[(words[i], value) for i, value in zip(*row)]

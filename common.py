@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
 
@@ -65,14 +65,6 @@ def start_processes(device):
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
@@ -91,9 +83,14 @@ def sum_over_processes(x):
     return x
 
 
-def my_share(items, title):
+def shard(items, title):
     """This process's part of a list, with a progress bar in a terminal"""
-    return tqdm(items[rank()::world()], title, disable=None if rank() == 0 else True)
+    return tqdm(items[RANK::WORLD], title, disable=quiet())
+
+
+def quiet():
+    """tqdm's disable: one process shows a bar, in a terminal alone"""
+    return None if RANK == 0 else True
 
 
 def autocast(device, precision):
@@ -206,14 +203,10 @@ def fetch_weights(url, sha256):
 def read_tensors(path, expected):
     """A file of torch.save -> its tensors and plain types; nothing in it is executed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {expected}") from None
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises anything
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); expected "
-                         f"{expected}") from None
+        raise InputError(f"{path}: not readable ({type(error).__name__}); expected {expected}"
+                         ) from None
 
 
 def read_checkpoint(path, key, remedy):
@@ -271,23 +264,16 @@ def read_image(path, upright=True):
                          "another image file; replace it") from None
 
 
-def scaled_input(photo, scale, patch, max_patches):
-    """PIL photo -> (1, 3, h*patch, w*patch), ImageNet-normalised, resized to whole patches.
-    Attention takes memory by the square of the patches: a photo of more is shrunk."""
-    W, H = photo.size
-    scale = min(scale, patch * (max_patches / (H * W)) ** 0.5)
-    size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
-    pixels = v2.functional.resize(photo, size, InterpolationMode.BICUBIC)
-    pixels = v2.functional.pil_to_tensor(pixels).float() / 255
-    return v2.functional.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)[None]
+def label_picture(labels):
+    """labels uint8 (H, W): 0 background, 1..K classes, 255 ignore -> palette picture"""
+    picture = Image.fromarray(labels)
+    picture.putpalette(PALETTE)
+    return picture
 
 
 def write_labels(path, labels):
-    """labels uint8 (H, W): 0 background, 1..K classes, 255 ignore -> palette PNG"""
-    picture = Image.fromarray(labels)
-    picture.putpalette(PALETTE)
     with writing(path) as temporary:
-        picture.save(temporary)
+        label_picture(labels).save(temporary)
 
 
 def read_labels(path, size, num_labels):
@@ -369,13 +355,14 @@ class Split:
                                  "for each line, with different names")
             self.paths[path.stem] = path
             self.labels[path.stem] = np.zeros(len(number), bool)
-            self.labels[path.stem][[number[name] for name in found] or slice(0)] = True
+            for name in found:
+                self.labels[path.stem][number[name]] = True
         self.names = list(self.paths)
         if not self.names:
             raise InputError(f"{table}: empty; expected a line `PATH,CLASS;CLASS` per photo")
         self.folders = {self.root / "masks", *(path.parent for path in self.paths.values())}
         self.digest = digest([self.classes, self.upright, [
-            [name, np.flatnonzero(self.labels[name]).tolist(), path.stat().st_size]
+            [name, self.present(name).tolist(), path.stat().st_size]
             for name, path in self.paths.items()]])
 
     def read(self, file, expected):
@@ -390,6 +377,10 @@ class Split:
 
     def image(self, name):
         return read_image(self.paths[name], self.upright)
+
+    def present(self, name):
+        """The classes that a photo shows, (n,)"""
+        return np.flatnonzero(self.labels[name])
 
 
 # ---- Training: the order of the photos, and what a run writes while it goes on -------------------
@@ -406,8 +397,8 @@ def shuffled(n, seed, epoch):
 
 
 def check_loading(batch, workers):
-    if batch < world():
-        raise InputError(f"batch {batch} for {world()} processes; expected an image for each")
+    if batch < WORLD:
+        raise InputError(f"batch {batch} for {WORLD} processes; expected an image for each")
     if workers < 0:
         raise InputError(f"--workers {workers}: expected 0 or more loading processes")
 
@@ -417,21 +408,12 @@ def load_batches(dataset, recipe, start, device, workers):
     are cut into batches, of which a process takes its part. A batch depends on seed and step alone,
     an item on seed, epoch and i: resuming and more processes or workers change nothing."""
     n, batch, seed = len(dataset), recipe["batch"], recipe["seed"]
-    places = (range(step * batch + rank(), (step + 1) * batch, world())
+    places = (range(step * batch + RANK, (step + 1) * batch, WORLD)
               for step in range(start, recipe["steps"]))
     batches = ([(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]
                for part in places)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == "cuda")
-
-
-def share_of_all(n, device):
-    """n over its mean of all processes. DistributedDataParallel averages gradients over processes;
-    times this, they are those of a mean over all n. It stays on the device: nothing waits for it"""
-    if world() == 1:
-        return 1
-    total = sum_over_processes(torch.full((), float(n), device=device))
-    return n * world() / total.clamp(min=1)
 
 
 class Journal:
@@ -449,14 +431,13 @@ class Journal:
                     part.load_state_dict(state[name])
             self.step, self.rows = state["step"], state["rows"]
         self.save()  # all inputs were good and the disk has room: now older files may go
-        self.start, self.began = self.step, time.time()
-        for file in replaced if rank() == 0 else []:
+        for file in replaced if RANK == 0 else []:
             file.unlink(missing_ok=True)
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.name,
-                        disable=None if rank() == 0 else True)
+        self.start, self.began = self.step, time.time()
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.name, disable=quiet())
 
     def save(self):
-        if rank() == 0:
+        if RANK == 0:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             save(self.path.with_suffix(".part"),
                  state | {"step": self.step, "rows": self.rows, "record": self.record})
@@ -466,37 +447,34 @@ class Journal:
     def write(self, step, photos, values, n):
         """Add {name: mean over n} of a step to the sums; now and then, log and save. photos: how
         many an epoch has"""
-        device = values["loss"].device
-        self.step, n = step, torch.full((), n, dtype=torch.float64, device=device)
+        self.step, device = step, values["loss"].device
+        n = torch.full((), n, dtype=torch.float64, device=device)
         self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in values.values())])
         self.bar.update()
         if step % max(1, min(self.steps // 60, 500)) and step < self.steps:
             return
         n, *sums = sum_over_processes(self.sums).tolist()
-        means = {key: round(x / max(1, n), 5) for key, x in zip(values, sums)}
         weights = [p for p in self.parts["model"].parameters() if p.requires_grad]
-        last = self.rows[-1]["step"] if self.rows else 0
         if not (math.isfinite(sums[0]) and all(p.isfinite().all() for p in weights)):
-            raise InputError(f"{self.path}: loss {means['loss']} or weights not finite in steps "
-                             f"{last + 1} to {step}; begin again with a lower lr")
-        done, took = (step - self.start) * self.record["batch"], time.time() - self.began
-        row = {"phase": self.path.name, "step": step,
-               "epoch": round(step * self.record["batch"] / photos, 2), **means,
-               "lr": self.parts["optimizer"].param_groups[-1]["lr"],
-               "images_per_s": round(done / took, 1),
-               "eta_s": round(took / (step - self.start) * (self.steps - step)),
-               "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if
-               device.type == "cuda" else 0}
+            raise InputError(f"{self.path}: a loss or weight is not finite in steps "
+                             f"{self.rows[-1]['step'] + 1 if self.rows else 1} to {step}; begin "
+                             "again with a lower lr")
+        batch, took = self.record["batch"], (time.time() - self.began) / (step - self.start)
+        self.rows.append({
+            "phase": self.path.name, "step": step, "epoch": round(step * batch / photos, 2),
+            **{key: round(x / max(1, n), 5) for key, x in zip(values, sums)},
+            "lr": self.parts["optimizer"].param_groups[-1]["lr"],
+            "images_per_s": round(batch / took, 1), "eta_s": round(took * (self.steps - step)),
+            "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)})  # 0 on a CPU
         self.sums = 0
-        self.rows.append(row)
         self.save()
-        if rank() == 0:
+        if RANK == 0:
             tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
-                                  f"{key} {value}" for key, value in row.items()))
+                                  f"{key} {value}" for key, value in self.rows[-1].items()))
 
     def finish(self, **state):
         wait_for_all()
-        if rank() == 0:
+        if RANK == 0:
             save(self.path.with_suffix(".pt"), state | {"record": self.record})
             self.path.with_suffix(".part").unlink()
         wait_for_all()

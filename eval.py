@@ -28,10 +28,11 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, PALETTE, InputError, Split, check_classes, claim, digest,
-    end_processes, my_share, rank, read_cams, read_labels, run, scaled_input, start_processes,
+    IMAGENET_MEAN, IMAGENET_STD, RANK, InputError, Split, check_classes, claim, digest,
+    end_processes, label_picture, read_cams, read_labels, run, shard, start_processes,
     sum_over_processes, wait_for_all, write_labels, writing)
 from make_pseudo import BACKGROUND_SCORE, PRESETS, check_score, dense_crf, score_labels
+from mask_generator import scaled_input
 from train_seg import load_segmenter
 
 # B images, K classes, C = K + 1 labels, H W pixels
@@ -113,7 +114,7 @@ def predict(model, photo, recipe, flip, device):
     for scale in scales:
         side = scale * recipe["side"]
         x = (window_view(photo, side, window) if window else
-             scaled_input(photo, side / min(H, W), model.trunk.patch, 2048)).to(device)
+             scaled_input(photo, side / min(H, W), model.backbone.patch, 2048)).to(device)
         x = torch.cat([x, x.flip(3)]) if flip else x                     # (2 or 1, 3, h, w)
         scores = slide(model, x, window, recipe["stride"]) if window else model(x)
         scores = torch.cat([scores[:1], scores[1:].flip(3)])             # (2 or 1, C, h, w)
@@ -138,20 +139,13 @@ def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):
     return np.array(labels.resize(photo.size, Image.NEAREST))
 
 
-def coloured(labels):
-    """labels uint8 (H, W) -> picture in VOC's colours"""
-    picture = Image.fromarray(labels, "P")
-    picture.putpalette(PALETTE)
-    return picture.convert("RGB")
-
-
 def overlay(photo, labels):
     """photo uint8 (H, W, 3), labels (H, W) -> the photo under half-transparent colours, with white
     outlines"""
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    veil = np.where(edge[..., None], 255, np.asarray(coloured(labels)))
+    veil = np.where(edge[..., None], 255, np.asarray(label_picture(labels).convert("RGB")))
     share = np.where(edge, 1, 0.5 * (labels > 0))[..., None]
     return Image.fromarray(((1 - share) * photo + share * veil).astype(np.uint8))
 
@@ -183,7 +177,7 @@ def labels_of_cams(args, split):
     scores = [args.background_score, *(SWEEP if args.oracle_sweep else [])]
 
     def labels(name, photo):
-        present = np.flatnonzero(split.labels[name])
+        present = split.present(name)
         cams = read_cams(args.cams, name, present, photo.size[::-1])
         return [score_labels(cams, present, score) for score in scores]
     return labels
@@ -191,7 +185,7 @@ def labels_of_cams(args, split):
 
 def labels_of_model(args, split, model, recipe, device):
     def labels(name, photo):
-        ids = [0, *(1 + np.flatnonzero(split.labels[name]))] if args.present_only else slice(None)
+        ids = [0, *(1 + split.present(name))] if args.present_only else slice(None)
         return [predict_labels(model, photo, recipe, args.flip, device, ids)]
     return labels
 
@@ -290,7 +284,7 @@ def main(args):
     scored = not args.save or any((truths / f"{name}.png").is_file() for name in split.names)
     note = source if args.checkpoint else source / "made_of.json"
     record = digest(note) if note.is_file() else None
-    if args.save and rank() == 0:
+    if args.save and RANK == 0:
         files = [file for name in split.names for file in (f"{name}.png", f"overlays/{name}.jpg")]
         claim(args.save, files, {"predicted_by": record, **how}, reads=[*split.folders, source])
     wait_for_all()
@@ -299,14 +293,13 @@ def main(args):
     C = len(split.classes) + 1
     work = partial(count, split=split, labels_of=labels_of, save=args.save, scored=scored)
     with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
-        names = my_share(split.names, f"eval {split.split}")
+        names = shard(split.names, f"eval {split.split}")
         counts = sum(map(work, names) if args.checkpoint else pool.map(work, names),
                      np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64))
     counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
     counts = sum_over_processes(counts).cpu().numpy()
-    reports = rank() == 0  # afterwards there are no ranks
     end_processes()
-    if reports:
+    if RANK == 0:
         report(args, split, mode, counts, how, record, scored)
 
 
@@ -332,11 +325,12 @@ def report(args, split, mode, counts, how, record, scored):
     print(f"{'mIoU':>16}  {result['miou']:8.2f}   {mode} {getattr(args, mode)} on "
           f"{len(split.names)} images of {split.split}{details}")
     if args.oracle_sweep:
-        found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts[1:]]
+        found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts]
         best = int(np.argmax(found))
-        result["oracle"] = {"miou": round(found[best], 3), "background_score": SWEEP[best],
+        score = [args.background_score, *SWEEP][best]
+        result["oracle"] = {"miou": round(found[best], 3), "background_score": score,
                             "background_score_chosen": "tuned on ground truth"}
-        print(f"{'oracle mIoU':>16}  {found[best]:8.2f}   background score {SWEEP[best]}, TUNED ON "
+        print(f"{'oracle mIoU':>16}  {found[best]:8.2f}   background score {score}, TUNED ON "
               "GROUND TRUTH")
     if args.json:
         with writing(args.json) as temporary:

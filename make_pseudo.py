@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import (
-    InputError, Split, claim, end_processes, folder_digest, my_share, open_image, rank, read_cams,
-    run, start_processes, wait_for_all, write_labels)
+    RANK, InputError, Split, claim, end_processes, folder_digest, open_image, read_cams, run, shard,
+    start_processes, wait_for_all, write_labels)
 
 # n classes that a photo shows, H W pixels, C labels of a CRF, V = H*W, M lattice points,
 # d features of a pixel (2: x y, or 5: x y r g b)
@@ -360,17 +360,17 @@ def main(args):
         record["segments"] = folder_digest(args.segments, [f"{n}.png" for n in split.names],
                                            "convert SAM's with prepare/foreign.py")
     for name in shown[:1]:  # CAMs of another kind show before finished masks are removed
-        read_cams(args.cams, name, np.flatnonzero(split.labels[name]), (8, 8))
-    if rank() == 0:
+        read_cams(args.cams, name, split.present(name), (8, 8))
+    if RANK == 0:
         claim(args.out, [f"{name}.png" for name in split.names], record, args.resume,
               [*split.folders, *filter(None, (args.cams, args.segments))])
         print(f"background score {args.background_score}, CRF {args.crf}, {len(split.names)} "
               f"images of {args.split}")
     wait_for_all()
-    for name in my_share(split.names, "pseudo masks"):
+    for name in shard(split.names, "pseudo masks"):
         if (path := Path(args.out) / f"{name}.png").is_file():
             continue
-        photo, present = np.array(split.image(name)), np.flatnonzero(split.labels[name])
+        photo, present = np.array(split.image(name)), split.present(name)
         cams = read_cams(args.cams, name, present, photo.shape[:2])              # (n, H, W)
         if args.segments:
             segments = read_segments(args.segments, name, photo.shape[:2])

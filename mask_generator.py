@@ -9,9 +9,9 @@ The paper takes S from WeakTr: a ViT (DeiT) with one class token per class, and 
 A_m is the map of attention head m, of all layers; A_c2p are the rows of A from class tokens to
 patches, A_p2p those from patches to patches. The classification phase trains three image-level
 predictions: class tokens, pooled coarse, pooled fine; the last one trains the fusion alone. Class
-and patch tokens are read before the trunk's last norm. fine is the CAM, never negative;
+and patch tokens are read before the backbone's last norm. fine is the CAM, never negative;
 train_cam.region_masks scales it to the mask in [0, 1] that CLIP sees. As in WeakTr, except:
-  [detail 1] class_attention=False leaves A_c2p out of W3, for trunks whose [CLS] has learned
+  [detail 1] class_attention=False leaves A_c2p out of W3, for backbones whose [CLS] has learned
              nothing to attend to.
   [detail 2] Where relu leaves nothing of a map, the gradient that would raise it still passes.
 
@@ -30,9 +30,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import get_model_weights, resnet
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
+from torchvision.transforms import InterpolationMode, v2
 
 from clip_model import Linear
-from common import InputError, fetch_weights, load_weights, read_tensors
+from common import (
+    IMAGENET_MEAN, IMAGENET_STD, InputError, check_classes, fetch_weights, load_weights,
+    read_checkpoint, read_tensors)
 
 # B images, K classes, H W pixels, h w grid of patches or CNN places, L layers, A heads of
 # attention, D ViT width, T tokens (K + h*w)
@@ -55,7 +58,7 @@ class MaskGenerator(nn.Module):
     def __init__(self, vit, num_classes, class_attention=True, pool="max", reduction=8):
         super().__init__()
         self.options = {"class_attention": class_attention, "pool": pool, "reduction": reduction}
-        self.trunk, self.num_classes = vit, num_classes
+        self.backbone, self.num_classes = vit, num_classes
         # Two parameters of which only the sum counts: AdamW moves it at twice the rate, as WeakTr's
         self.class_tokens = nn.Parameter(vit.cls_token.detach().repeat(1, num_classes, 1))
         self.class_positions = nn.Parameter(vit.pos_embed[:, :1].detach().repeat(1, num_classes, 1))
@@ -75,8 +78,8 @@ class MaskGenerator(nn.Module):
         """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w), not negative, and logits
         {"tokens", "coarse", "fine": (B, K)}"""
         K, maps, features = self.num_classes, [], []
-        x, (h, w) = self.trunk.embed(image, self.class_tokens + self.class_positions)
-        for block in self.trunk.blocks:
+        x, (h, w) = self.backbone.embed(image, self.class_tokens + self.class_positions)
+        for block in self.backbone.blocks:
             x, attention, written = block(x, with_maps=True)             # (B, K + h*w, D)
             maps.append(attention.detach())                              # (B, A, T, T)
             pooled = written.amax(dim=1) if self.options["pool"] == "max" else written.mean(dim=1)
@@ -134,7 +137,7 @@ class Rectify(torch.autograd.Function):
         return gradient * ((x > 0) | (dead & (gradient < 0)))
 
 
-# ---- The trunk: a Vision Transformer (Dosovitskiy et al. 2021), with DeiT's names ----------------
+# ---- The backbone: a Vision Transformer (Dosovitskiy et al. 2021), with DeiT's names -------------
 
 class Attention(nn.Module):
     """A_m = softmax(q k^T / sqrt(64)) for each head m; out = all A_m v side by side, times W"""
@@ -186,7 +189,7 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """A DeiT of any size. grid (h, w): of the position embeddings; images may have any size. eps:
-    of its norms. ViT(**vit.sizes) is the same trunk with other weights."""
+    of its norms. ViT(**vit.sizes) is the same backbone with other weights."""
 
     def __init__(self, patch=16, width=384, layers=12, grid=(14, 14), eps=1e-6, drop_path=0.0):
         super().__init__()
@@ -235,18 +238,18 @@ class CNNGenerator(nn.Module):
 
     kind = "resnet"
 
-    def __init__(self, trunk, num_classes):
+    def __init__(self, backbone, num_classes):
         super().__init__()
-        self.options, self.trunk = {}, trunk
-        self.head = nn.Conv2d(trunk.width, num_classes, 1, bias=False)
+        self.options, self.backbone = {}, backbone
+        self.head = nn.Conv2d(backbone.width, num_classes, 1, bias=False)
 
     def train_through_clip(self):
-        """If S is a CNN, all of it is fine-tuned, the trunk at a lower rate, as in CLIMS."""
+        """If S is a CNN, all of it is fine-tuned, the backbone at a lower rate, as in CLIMS."""
         return self
 
     def forward(self, image):
         """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w) and {"pooled": (B, K)}"""
-        score = self.head(self.trunk(image))                             # (B, K, h, w) [eq. Z1]
+        score = self.head(self.backbone(image))                             # (B, K, h, w) [eq. Z1]
         return Rectify.apply(score), {"pooled": score.mean(dim=(2, 3))}
 
 
@@ -286,6 +289,33 @@ class ResNet(nn.Module):
     def forward(self, image):
         x = self.pool(self.bn1(self.conv1(image)).relu())
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+# ---- CAMs of a whole photo -----------------------------------------------------------------------
+
+def scaled_input(photo, scale, patch, max_patches):
+    """PIL photo -> (1, 3, h*patch, w*patch), ImageNet-normalised, resized to whole patches.
+    Attention takes memory by the square of the patches: a photo of more is shrunk."""
+    W, H = photo.size
+    scale = min(scale, patch * (max_patches / (H * W)) ** 0.5)
+    size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]
+    pixels = v2.functional.resize(photo, size, InterpolationMode.BICUBIC)
+    pixels = v2.functional.pil_to_tensor(pixels).float() / 255
+    return v2.functional.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)[None]
+
+
+@torch.no_grad()
+def photo_cams(generator, photo, present, scales):
+    """PIL photo -> CAMs (n, ceil(H/4), ceil(W/4)) of the n present classes, summed over scales and
+    mirror images. float32, whatever the training's was."""
+    W, H = photo.size
+    quarter, total = (-(-H // 4), -(-W // 4)), 0
+    for scale in scales:
+        x = scaled_input(photo, scale, generator.backbone.patch, 2500).to(present.device)
+        cam, mirrored = generator(torch.cat([x, x.flip(3)]))[0][:, present]      # (n, h, w) twice
+        for view in (cam, mirrored.flip(2)):
+            total = total + F.interpolate(view[:, None], size=quarter, mode="bilinear")
+    return total[:, 0]
 
 
 # ---- Weights ------------------------------------------------------------------------------------
@@ -348,3 +378,24 @@ def read_weights(path, keys, what, flag, names):
     if not set(keys) <= set(state) or state[keys[0]].dim() != 4:
         raise InputError(f"{path}: not {what} checkpoint; expected {expected}")
     return state
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------
+
+def save_generator(journal, generator, classes):
+    """OUT/PHASE.pt"""
+    journal.finish(generator=generator.state_dict(), options=generator.options, classes=classes,
+                   **{generator.kind: generator.backbone.sizes})
+
+
+def load_generator(path, split, drop_path=0):
+    """A checkpoint of a phase, of the classes of a Split -> MaskGenerator or CNNGenerator"""
+    state = read_checkpoint(path, "generator", f"run --phase {path.stem} first")
+    check_classes(path, state["classes"], split)
+    K = len(split.classes)
+
+    def make():
+        if "vit" in state:
+            return MaskGenerator(ViT(**state["vit"], drop_path=drop_path), K, **state["options"])
+        return CNNGenerator(ResNet(**state["resnet"]), K)
+    return load_weights(make, state["generator"], path, "a generator of this version")

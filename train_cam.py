@@ -10,12 +10,12 @@ sim = cosine, c(x) = clamp(x, 1e-4, 1 - 1e-4), means over the N (image, shown cl
   L_total  = L_match + lambda_R L_refine,  L_refine = mean -log(1 - c(sim(v^f, u^b)))    [eq. 3]
 
 --phase    starts from                       what trains                     loss
-classify   an ImageNet trunk                 all of S                        soft margin
+classify   an ImageNet backbone                 all of S                        soft margin
 match      classify.pt                       head and attention fusion *     L_match
 prompts    random; regions of match.pt       the prompts p; S is frozen      L_prompt
 refine     classify.pt, prompts.pt           head and attention fusion *     L_total
 export     refine.pt                         nothing: writes CAMs
-* of the ViT; all of a CNN (--generator resnet), its trunk at a lower rate
+* of the ViT; all of a CNN (--generator resnet), its backbone at a lower rate
 
 Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a mask. A training phase
 writes OUT/PHASE.pt (weights, and the record of what they were made of) and OUT/PHASE.jsonl (the
@@ -41,14 +41,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from clip_model import CLIP_MEAN, CLIP_STD, load_clip, nearest_words, read_nouns, tokenize
+from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip, nearest_words, read_nouns
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_classes,
-    check_loading, claim, digest, end_processes, kept, load_batches, load_weights, mixed_seed,
-    my_share, rank, read_checkpoint, run, scaled_input, share_of_all, start_processes, wait_for_all,
-    world, writing)
+    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, autocast, check_classes,
+    check_loading, claim, digest, end_processes, kept, load_batches, mixed_seed, read_checkpoint,
+    run, shard, start_processes, sum_over_processes, wait_for_all, writing)
 from mask_generator import (
-    CNNGenerator, MaskGenerator, ResNet, ViT, load_resnet, load_vit, weight_file)
+    CNNGenerator, MaskGenerator, load_generator, load_resnet, load_vit, photo_cams, save_generator,
+    weight_file)
 
 # B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E width of CLIP's
 # features, P prompt length, R side of CLIP's input
@@ -58,7 +58,7 @@ TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82
     ("classify", "steps"):           (9_900,      76_920,        76),
     ("classify", "batch"):           (64,         64,            32),
     ("classify", "lr"):              (7.5e-5,     6.25e-5,       1e-3),
-    ("classify", "trunk_lr"):        (1,          1,             0.02),   # the trunk's share of lr
+    ("classify", "backbone_lr"):     (1,          1,             0.02),   # times lr
     ("classify", "weight_decay"):    (0.03,       0.05,          0.03),
     ("classify", "warmup"):          (5 / 60,     5 / 60,        0),      # share of the steps
     ("classify", "first_lr"):        (1e-6,       1e-6,          0),      # where the warm-up begins
@@ -82,7 +82,7 @@ TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82
     ("refine", "lambda_r"):          (0.05,       0.2,           1),
     ("match refine", "lambda_b"):    (2.4,        0.75,          0.75),
     ("match refine", "eps"):         (0.1,        0.1,           0.1),
-    ("match refine", "trunk_lr"):    (0.1,        0.1,           0.02),   # of a CNN
+    ("match refine", "backbone_lr"): (0.1,        0.1,           0.02),   # of a CNN
     ("match prompts refine", "weight_decay"): (0.03, 0.03,       0.03),
     ("training", "epochs"):          (60,         60,            None),   # see cosine_rate
     ("training", "crop"):            (224,        224,           64),     # side in pixels
@@ -184,13 +184,6 @@ def embed_regions(clip, image, cam, labels, eps):
     return *embed_masked(clip, clip_view(clip, image)[b], M), k
 
 
-@torch.no_grad()
-def class_texts(clip, words, device):
-    """u_k^f = E_T("a photo of {class}."): K words -> (K, E)"""
-    tokens = tokenize([f"a photo of {word}." for word in words], clip.context_length)
-    return clip.encode_text(tokens.to(device))
-
-
 class Prompts(nn.Module):
     """u_k^b = E_T(p_k): P learned vectors per class (paper, section 3.3)"""
 
@@ -218,7 +211,7 @@ def classification(args, recipe, split, device):
         generator = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K,
                                   recipe["class_attention"], recipe["pool"], recipe["reduction"])
     journal = train(generator.to(device), classification_step, split, recipe, args, device)
-    save_generator(journal, generator, split)                           # classify.pt
+    save_generator(journal, generator, split.classes)                           # classify.pt
 
 
 def classification_step(generator, image, labels, recipe):
@@ -236,7 +229,7 @@ def matching(args, recipe, split, device, clip, u_f):
     generator.train_through_clip()
     journal = train(generator.to(device), match_step, split, recipe, args, device,
                     clip=clip, u_f=u_f)                                 # CLIP is frozen
-    save_generator(journal, generator, split)                           # match.pt
+    save_generator(journal, generator, split.classes)                           # match.pt
 
 
 def match_step(generator, image, labels, recipe, clip, u_f):
@@ -277,7 +270,7 @@ def refinement(args, recipe, split, device, clip, u_f):
     u_b = load_prompts(args.out / "prompts.pt", split, clip)            # (K, E), frozen
     journal = train(generator.to(device), refine_step, split, recipe, args, device,
                     clip=clip, u_f=u_f, u_b=u_b.to(device))
-    save_generator(journal, generator, split)                           # refine.pt
+    save_generator(journal, generator, split.classes)                           # refine.pt
 
 
 def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
@@ -293,12 +286,12 @@ def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
 
 def train(model, step_loss, split, recipe, args, device, **frozen):
     """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] by AdamW -> Journal"""
-    trunk, rest = [], []
+    backbone, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (trunk if name.startswith("trunk.") else rest).append(p)
-    optimizer = torch.optim.AdamW([{"params": trunk, "share": recipe.get("trunk_lr", 1)},
-                                   {"params": rest, "share": 1}],
+            (backbone if name.startswith("backbone.") else rest).append(p)
+    optimizer = torch.optim.AdamW([{"params": backbone, "lr_scale": recipe.get("backbone_lr", 1)},
+                                   {"params": rest, "lr_scale": 1}],
                                   weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
     mixed = autocast(device, args.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
@@ -306,14 +299,14 @@ def train(model, step_loss, split, recipe, args, device, **frozen):
                       again(recipe["phase"]), replaced(args, recipe["phase"], split))
     photos = Crops(split, recipe)
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
-    parallel.train()
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    ddp_model.train()
     for step, (image, labels) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of drop path
+        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of drop path
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * cosine_rate(step - 1, recipe)
+            group["lr"] = group["lr_scale"] * cosine_rate(step - 1, recipe)
         with mixed:
-            values, n = step_loss(parallel, image.to(device, non_blocking=True), labels, recipe,
+            values, n = step_loss(ddp_model, image.to(device, non_blocking=True), labels, recipe,
                                   **frozen)
         optimizer.zero_grad()
         scaler.scale(values["loss"] * share_of_all(n, device)).backward()
@@ -321,6 +314,15 @@ def train(model, step_loss, split, recipe, args, device, **frozen):
         scaler.update()
         journal.write(step, len(photos), values, n)
     return journal
+
+
+def share_of_all(n, device):
+    """n over its mean of all processes. DistributedDataParallel averages gradients over processes;
+    times this, they are those of a mean over all n. It stays on the device: nothing waits for it"""
+    if WORLD == 1:
+        return 1
+    total = sum_over_processes(torch.full((), float(n), device=device))
+    return n * WORLD / total.clamp(min=1)
 
 
 def cosine_rate(step, recipe):
@@ -368,30 +370,17 @@ class Crops(Dataset):
 def export(args, recipe, split, device):
     """Write the CAMs of refine.pt, or of --checkpoint."""
     generator = load_generator(args.checkpoint, split).eval().to(device)
-    if rank() == 0:
+    if RANK == 0:
         claim(args.cams, [f"{name}.npy" for name in split.names], recipe, args.resume,
               split.folders)
     wait_for_all()
-    for name in my_share(split.names, "export"):
+    for name in shard(split.names, "export"):
         if not (args.cams / f"{name}.npy").is_file():
-            present = torch.from_numpy(split.labels[name]).nonzero()[:, 0].to(device)
+            present = torch.from_numpy(split.present(name)).to(device)
             maps = photo_cams(generator, split.image(name), present, recipe["scales"])
+            maps = region_masks(maps, maps.shape[1:], eps=1e-12)[:, 0]
             with writing(args.cams / f"{name}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, maps.cpu().numpy().astype(np.float16))
-
-
-@torch.no_grad()
-def photo_cams(generator, photo, present, scales):
-    """PIL photo -> CAMs (n, ceil(H/4), ceil(W/4)) in [0, 1] of the n present classes: summed over
-    scales and mirror images, then scaled class by class. float32, whatever the training's was."""
-    W, H = photo.size
-    quarter, total = (-(-H // 4), -(-W // 4)), 0
-    for scale in scales:
-        x = scaled_input(photo, scale, generator.trunk.patch, 2500).to(present.device)
-        cam, mirrored = generator(torch.cat([x, x.flip(3)]))[0][:, present]      # (n, h, w) twice
-        for view in (cam, mirrored.flip(2)):
-            total = total + F.interpolate(view[:, None], size=quarter, mode="bilinear")
-    return region_masks(total[:, 0], quarter, eps=1e-12)[:, 0]
 
 
 # ---- Checkpoints, and the records of what they were made of --------------------------------------
@@ -432,42 +421,19 @@ def replaced(args, phase, split):
     return [] if args.resume else [args.out / f"{phase}.pt", *files]
 
 
-def read_phase(path, key, split):
-    """A checkpoint of an earlier phase -> dict"""
-    state = read_checkpoint(path, key, f"run --phase {path.stem} first")
-    check_classes(path, state.get("classes", []), split)
-    return state
-
-
-def load_generator(path, split, drop_path=0):
-    """A checkpoint of a phase -> MaskGenerator or CNNGenerator"""
-    K, state = len(split.classes), read_phase(path, "generator", split)
-
-    def make():
-        if "vit" in state:
-            vit = ViT(**state["vit"], drop_path=drop_path)
-            return MaskGenerator(vit, K, **state["options"])
-        return CNNGenerator(ResNet(**state["resnet"]), K)
-    return load_weights(make, state["generator"], path, "a generator of this version")
-
-
 def load_prompts(path, split, clip):
     """prompts.pt -> u^b (K, E)"""
-    state = read_phase(path, "u_b", split)
+    state = read_checkpoint(path, "u_b", "run --phase prompts first")
+    check_classes(path, state["classes"], split)
     if state["record"]["clip"] != clip.sha256:
         raise InputError(f"{path}: prompts of another CLIP; expected that of --clip; pass the one "
                          "that they were made with, or run --phase prompts again")
     return state["u_b"]
 
 
-def save_generator(journal, generator, split):
-    journal.finish(generator=generator.state_dict(), options=generator.options,
-                   classes=split.classes, **{generator.kind: generator.trunk.sizes})
-
-
 def write_words(out, u_b, split, clip):
     """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E)"""
-    if rank() == 0:
+    if RANK == 0:
         rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
         with writing(out / "prompts.txt") as temporary:
             temporary.write_text("".join(
@@ -560,14 +526,14 @@ def main(args):
     changes, texts = parse_changes(args, phases), {}
     if set(phases) & {"match", "prompts", "refine"}:
         clip = load_clip(args.clip, device)
-        texts = {"clip": clip, "u_f": class_texts(clip, split.words, device)}    # (K, E)
-    if rank() == 0:
+        texts = {"clip": clip, "u_f": class_texts(clip, split.words)}    # (K, E)
+    if RANK == 0:
         counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
         print(f"{args.split}: {len(split.names)} images, which show "
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
     for phase in phases:
         torch.manual_seed(args.seed)
-        check_loading(recipe_of(args.recipe, phase, changes).get("batch", world()), args.workers)
+        check_loading(recipe_of(args.recipe, phase, changes).get("batch", WORLD), args.workers)
         recipe = record_of(phase, recipe_of(args.recipe, phase, changes), args, split, texts)
         given = {} if phase in ("classify", "export") else texts
         if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume,

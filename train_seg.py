@@ -34,9 +34,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Journal, Split, autocast, check_loading, digest,
-    end_processes, folder_digest, kept, load_batches, load_weights, mixed_seed, rank,
-    read_checkpoint, read_labels, run, start_processes, sum_over_processes, world)
+    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, autocast, check_loading,
+    digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_seed,
+    read_checkpoint, read_labels, run, start_processes, sum_over_processes)
 from mask_generator import Block, Linear, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
@@ -47,12 +47,12 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "batch":        (4,           4,           8),
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
-    "trunk_lr":     (0.1,         0.1,         1),            # the trunk's share of lr
+    "backbone_lr":  (0.1,         0.1,         1),            # times lr
     "last_lr":      (1e-5,        1e-5,        0),            # of the decoder, at the end
     "weight_decay": (0,           0,           1e-4),
     "clip_start":   (1.2,         1.2,         0),            # [eq. S2]; 0: no clipping
     "clip_patch":   (120,         120,         64),
-    "drop_path":    (0.1,         0.1,         0),            # in the trunk
+    "drop_path":    (0.1,         0.1,         0),            # in the backbone
     "dropout":      (0.1,         0.1,         0),            # in the decoder
     "side":         (520,         520,         64),           # short side in pixels at scale 1
     "scale":        ((0.5, 2),    (0.5, 2),    (0.75, 1.5)),  # random, before the crop
@@ -68,7 +68,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, vit, num_labels, dropout=0.0):
         super().__init__()
-        self.trunk, self.num_labels, D = vit, num_labels, vit.width
+        self.backbone, self.num_labels, D = vit, num_labels, vit.width
         self.enter = Linear(D, D)
         self.label_vectors = nn.Parameter(torch.randn(1, num_labels, D) * 0.02)
         self.blocks = nn.ModuleList(Block(D, dropout=dropout, eps=1e-5) for _ in range(2))
@@ -81,8 +81,8 @@ class Segmenter(nn.Module):
         self.label_norm = nn.LayerNorm(num_labels)
 
     def forward(self, image):
-        tokens, (h, w) = self.trunk(image)
-        x = self.enter(self.trunk.norm(tokens)[:, 1:])                           # (B, h*w, D)
+        tokens, (h, w) = self.backbone(image)
+        x = self.enter(self.backbone.norm(tokens)[:, 1:])                           # (B, h*w, D)
         x = torch.cat([x, self.label_vectors.expand(len(image), -1, -1)], dim=1)
         for block in self.blocks:
             x, _, _ = block(x)                                           # (B, h*w + K + 1, D)
@@ -90,8 +90,8 @@ class Segmenter(nn.Module):
         patches, labels = F.normalize(patches @ self.P, dim=2), F.normalize(labels @ self.Q, dim=2)
         scores = self.label_norm(patches @ labels.transpose(1, 2))       # (B, h*w, K + 1) [eq. S1]
         scores = scores.float().transpose(1, 2).unflatten(2, (h, w))
-        scores = F.interpolate(scores, scale_factor=self.trunk.patch, mode="bilinear")
-        return scores[:, :, :image.shape[2], :image.shape[3]]  # the trunk pads to whole patches
+        scores = F.interpolate(scores, scale_factor=self.backbone.patch, mode="bilinear")
+        return scores[:, :, :image.shape[2], :image.shape[3]]  # the backbone pads to whole patches
 
 
 def clip_high_losses(losses, start, patch):
@@ -101,7 +101,7 @@ def clip_high_losses(losses, start, patch):
     losses L (B, H, W). Means run over all pixels of all processes, which have equally many; no
     gradient passes through the bounds."""
     _, H, W = losses.shape
-    average = sum_over_processes(losses.detach().mean(0)) / world()      # over images, (H, W)
+    average = sum_over_processes(losses.detach().mean(0)) / WORLD      # over images, (H, W)
     mean = average.mean()
     means = F.avg_pool2d(average[None], patch, ceil_mode=True)[0]        # (H/patch, W/patch)
     bound = means.maximum(mean).repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:H, :W]
@@ -119,9 +119,9 @@ def segmentation_step(model, image, labels, recipe):
 
 def train(model, photos, recipe, args, device):
     """Minimise the segmentation loss -> Journal; see common.py for mixed precision and logging."""
-    decoder = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
-    groups = [{"params": list(model.trunk.parameters()), "share": recipe["trunk_lr"]},
-              {"params": decoder, "share": 1}]
+    decoder = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    groups = [{"params": list(model.backbone.parameters()), "lr_scale": recipe["backbone_lr"]},
+              {"params": decoder, "lr_scale": 1}]
     if recipe["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, recipe["lr"], 0.9, nesterov=True,
                                     weight_decay=recipe["weight_decay"])
@@ -132,14 +132,14 @@ def train(model, photos, recipe, args, device):
     journal = Journal(args.out / "seg", recipe, model, optimizer, scaler, args.resume, AGAIN,
                       [] if args.resume else [args.out / "seg.pt"])
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
-    parallel.train()
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    ddp_model.train()
     for step, (image, labels) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, rank()))  # of dropout; after loading
+        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of dropout; after loading
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * poly_rate(step - 1, recipe)
+            group["lr"] = group["lr_scale"] * poly_rate(step - 1, recipe)
         with mixed:
-            values, n = segmentation_step(parallel, image.to(device, non_blocking=True), labels,
+            values, n = segmentation_step(ddp_model, image.to(device, non_blocking=True), labels,
                                           recipe)
         optimizer.zero_grad()
         scaler.scale(values["loss"]).backward()
@@ -194,15 +194,15 @@ class Labelled(Dataset):
         return F.pad(photo, around), F.pad(labels, around, value=255)[0].long()
 
 
-def load_trunk(path, recipe):
+def load_backbone(path, recipe):
     """A DeiT, by name or file, as Segmenter trains it: positions resized once, to the patches of a
     crop, and norms with eps 1e-5"""
     vit = load_vit(path)
     side = -(-recipe["crop"] // vit.patch)
     positions = torch.cat([vit.pos_embed[:, :1], vit.position(side, side, "bilinear")], dim=1)
-    trunk = ViT(**vit.sizes | {"grid": (side, side), "eps": 1e-5}, drop_path=recipe["drop_path"])
-    trunk.load_state_dict(vit.state_dict() | {"pos_embed": positions})
-    return trunk
+    backbone = ViT(**vit.sizes | {"grid": (side, side), "eps": 1e-5}, drop_path=recipe["drop_path"])
+    backbone.load_state_dict(vit.state_dict() | {"pos_embed": positions})
+    return backbone
 
 
 def load_segmenter(path):
@@ -247,8 +247,8 @@ def main(args):
     if min(recipe["steps"], recipe["batch"]) < 1:
         raise InputError("--steps, --batch: expected whole numbers above 0")
     check_loading(recipe["batch"], args.workers)
-    if recipe["batch"] % world():
-        raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {world()} "
+    if recipe["batch"] % WORLD:
+        raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {WORLD} "
                          "processes")
     recipe |= {"recipe": args.recipe, "seed": args.seed, "photos": split.digest,
                "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names],
@@ -256,7 +256,7 @@ def main(args):
                "weights": digest(weight_file(args.vit))}
     if not kept(args.out / "seg.pt", recipe, args.resume, AGAIN):
         torch.manual_seed(args.seed)
-        vit = load_trunk(args.vit, recipe)
+        vit = load_backbone(args.vit, recipe)
         model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
         photos = Labelled(split, args.labels, recipe)
         journal = train(model, photos, recipe, args, device)

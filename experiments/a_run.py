@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
 import train_cam  # noqa: E402
-from clip_model import CLIP, load_clip  # noqa: E402
+from clip_model import CLIP, class_texts, load_clip  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_cams, read_labels, scaled_input)
-from mask_generator import AttentionFusion  # noqa: E402
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_cams, read_labels)
+from mask_generator import (  # noqa: E402
+    AttentionFusion, load_generator, photo_cams, scaled_input)
 from train_cam import (  # noqa: E402
-    class_texts, clip_view, embed_masked, load_generator, load_prompts, match_loss, photo_cams,
-    recipe_of, refine_loss, region_masks)
+    clip_view, embed_masked, load_prompts, match_loss, recipe_of, refine_loss, region_masks)
 
 CPU = torch.device("cpu")
 PHASES = {"classify": "classification", "match": "matching", "refine": "refinement"}  # with CAMs
@@ -46,7 +46,7 @@ def open_run(args):
                          "of demo.py; run make demo first")
     own_clip = folder / "clip.pt"
     clip = load_clip(args.clip or (own_clip if own_clip.is_file() else "ViT-B/32"))
-    texts, words = {"class text": class_texts(clip, split.words, CPU)}, None
+    texts, words = {"class text": class_texts(clip, split.words)}, None
     generators = {phase: load_generator(cam / f"{phase}.pt", split).eval() for phase in found}
     record = torch.load(cam / f"{found[-1]}.pt", weights_only=True)["record"]
     if (cam / "prompts.pt").is_file():
@@ -55,7 +55,7 @@ def open_run(args):
         world = json.loads((folder / "demo.json").read_text())["world"]
         pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
         words = [pairs[name] for name in split.classes]
-        texts["true word"] = class_texts(clip, words, CPU)
+        texts["true word"] = class_texts(clip, words)
     places = [(phase, folder / f"cams_{phase}") for phase in found] + [("refine", cam / "cams")]
     cams = {phase: path for phase, path in places if (path / "made_of.json").is_file()}
     true = [name for name in split.names if (split.root / f"masks/{name}.png").is_file()]
@@ -92,7 +92,7 @@ def view(r, name):
 def forward(r, phase, name):
     """CAM (1, K, h, w) and logits of a whole photo"""
     generator = r.generators[phase]
-    return generator(scaled_input(r.split.image(name), 1, generator.trunk.patch, 2500))
+    return generator(scaled_input(r.split.image(name), 1, generator.backbone.patch, 2500))
 
 
 def mask_of(r, phase, name, k):
@@ -111,6 +111,7 @@ def cams_of(r, name, *phases):
         else:
             maps = photo_cams(r.generators[phase], photo, torch.from_numpy(present),
                               recipe_of("voc", "export", {})["scales"])
+            maps = region_masks(maps, maps.shape[1:], eps=1e-12)[:, 0]
             found.append(F.interpolate(maps[None], size=photo.size[::-1], mode="bilinear")[0])
     return found
 

@@ -45,9 +45,10 @@ import eval  # noqa: E402
 import train_cam  # noqa: E402
 import train_seg  # noqa: E402
 from clip_model import CLIP, Linear, linear, tokenize  # noqa: E402
-from common import autocast, scaled_input, write_labels  # noqa: E402
+from common import autocast, write_labels  # noqa: E402
 from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary  # noqa: E402
-from mask_generator import AttentionFusion, MaskGenerator, ViT  # noqa: E402
+from mask_generator import (  # noqa: E402
+    AttentionFusion, MaskGenerator, ViT, photo_cams, scaled_input)
 
 CLIP_SIZES = {False: {}, True: dict(resolution=64, patch=16, width=64, layers=2, text_width=64,
                                     text_layers=2, embed_dim=64)}  # of --toy
@@ -354,7 +355,7 @@ def export(m):
     """CAMs of a photo at two scales, mirrored too; theirs up-samples all K maps to its size."""
     if not m.official:
         present = torch.tensor([0, 3], device=m.device)
-        return train_cam.photo_cams(m.generator, m.photo, present, (1, 1.2))
+        return photo_cams(m.generator, m.photo, present, (1, 1.2))
     total = 0
     for scale in (1, 1.2):
         x = scaled_input(m.photo, scale, 16, 2500).to(m.device)

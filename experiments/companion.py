@@ -32,9 +32,9 @@ from a_run import (  # noqa: E402
     one_batch, open_run, parts_of, truth, view, with_one_class)
 from ablation import read_results  # noqa: E402
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
-from common import run, writing  # noqa: E402
+from common import label_picture, run, writing  # noqa: E402
 from demo import TABLE  # noqa: E402
-from eval import TEST, coloured, confusion_matrix, iou, predict_labels  # noqa: E402
+from eval import TEST, confusion_matrix, iou, predict_labels  # noqa: E402
 from make_pseudo import BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels  # noqa: E402
 from pictures import HEAT, heat, in_colours, plot, sheet  # noqa: E402
 from train_cam import (  # noqa: E402
@@ -42,6 +42,10 @@ from train_cam import (  # noqa: E402
 from train_seg import load_segmenter  # noqa: E402
 
 CAM_BAR = HEAT, 0, 1, "CAM"
+
+
+def coloured(labels):
+    return label_picture(labels).convert("RGB")
 
 
 def as_picture(X):
@@ -152,7 +156,7 @@ def growing(r, out):
     voc, photos = recipe_of("voc", "refine", {}), with_one_class(r, 24)
     kinds = [(f"kept, {text}", text) for text in r.texts] + [("dropped, class text", "class text")]
     cosines, losses = np.zeros((len(kinds), len(SHARES))), np.zeros((2, 5, len(SHARES)))
-    grid = r.recipe["crop"] // r.generators["match"].trunk.patch
+    grid = r.recipe["crop"] // r.generators["match"].backbone.patch
     for name, k in photos:
         hard = growing_masks(torch.from_numpy(truth(r, name, k, (r.clip.resolution,) * 2)))
         soft = F.adaptive_avg_pool2d(hard, grid)[:, 0]                           # (S, h, w)

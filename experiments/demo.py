@@ -88,7 +88,7 @@ def main(args):
 
     if args.only:
         return segment(args.only, f"{out}/data/masks", "The upper bound, with the true masks")
-    step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a trunk",
+    step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a backbone",
          "prepare/toy.py", f"--out {out} --seed {args.seed}", args.world,
          unless=(folder / "vit.pth").is_file())  # the last file that it writes
     for phase, title in TITLES.items():

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import CLIP_MEAN, CLIP_STD, load_clip  # noqa: E402
-from common import InputError, read_checkpoint, read_image, run, scaled_input  # noqa: E402
+from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip  # noqa: E402
+from common import InputError, read_checkpoint, read_image, run  # noqa: E402
+from mask_generator import scaled_input  # noqa: E402
 from pictures import save_gif  # noqa: E402
 from train_cam import (  # noqa: E402
-    class_texts, clip_view, cosine, embed_masked, match_loss, recipe_of, refine_loss)
+    clip_view, cosine, embed_masked, match_loss, recipe_of, refine_loss)
 
 GRID, LR, EVERY, RECIPE = 8, 0.1, 5, recipe_of("toy", "refine", {})  # EVERY: steps between frames
 
@@ -58,7 +59,7 @@ def parse_args(argv=None):
 def main(args):
     photo, clip = read_image(args.image), load_clip(args.clip)
     X = clip_view(clip, scaled_input(photo, 1, 1, 10 ** 6))                      # (1, 3, R, R)
-    u_f, u_b = class_texts(clip, [args.name, args.background or ""], "cpu").split(1)  # (1, E)
+    u_f, u_b = class_texts(clip, [args.name, args.background or ""]).split(1)  # (1, E)
     if args.prompts:
         state = read_checkpoint(args.prompts, "u_b", "train_cam.py --phase prompts writes it")
         if state["record"]["clip"] != clip.sha256 or args.name not in state["classes"]:

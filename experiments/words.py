@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import load_clip  # noqa: E402
+from clip_model import class_texts, load_clip  # noqa: E402
 from common import InputError, Split, kept, run, save, start_processes  # noqa: E402
-from train_cam import class_texts, write_words  # noqa: E402
+from train_cam import write_words  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -41,7 +41,7 @@ def main(args):
     if set(words) != set(split.classes):
         raise InputError(f"{args.words}: words for {', '.join(words) or 'no class'}; expected a "
                          f"line `class: word, word` for each of {', '.join(split.classes)}")
-    u_b = torch.stack([F.normalize(class_texts(clip, words[name], device), dim=1).mean(dim=0)
+    u_b = torch.stack([F.normalize(class_texts(clip, words[name]), dim=1).mean(dim=0)
                        for name in split.classes])                               # (K, E)
     record = {"words by hand": words, "clip": clip.sha256}
     kept(args.out / "prompts.pt", record, False, "")  # refuses a file that is not ours

@@ -38,7 +38,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from coco import MISSING_IDS  # noqa: E402
 from common import (  # noqa: E402
-    InputError, Split, claim, folder_digest, my_share, run, writing)
+    InputError, Split, claim, folder_digest, shard, run, writing)
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def main(args):
     if args.segments and coco_mask is None and any(source.glob("*.json")):
         raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
     names = [name for name in split.names if args.segments or split.labels[name].any()]
-    present = {name: np.flatnonzero(split.labels[name]).tolist() for name in names}
+    present = {name: split.present(name).tolist() for name in names}
     remedy = "pass the list that the program was given"
     if args.cams:
         files = [f"{name}.npy" for name in names]
@@ -262,7 +262,7 @@ def main(args):
     claim(out, [name + ending for name in split.names], record, args.resume,
           [*split.folders, source])
     left = [name for name in names if not (out / (name + ending)).is_file()]
-    for name in my_share(left, "converted"):
+    for name in shard(left, "converted"):
         if args.cams:
             maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in present[name]])
         else:

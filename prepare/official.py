@@ -5,7 +5,7 @@
 
 --cam: the mask generator after classification, from which SemPLeS starts matching and refinement;
 writes OUT/classify.pt. --seg: the segmentation model; writes OUT/seg.pt. Nothing in a file is
-executed. Each of its weights is used, except the segmentation trunk's ImageNet classifier and, of
+executed. All weights are used, except the segmentation backbone's ImageNet classifier and, of
 COCO's 90 category ids, the ten that name no class.
 """
 import argparse
@@ -24,10 +24,10 @@ from common import (  # noqa: E402
 from mask_generator import MaskGenerator, ViT, vit_sizes  # noqa: E402
 from train_seg import Segmenter  # noqa: E402
 
-CAM_NAMES = {"(cls_token|pos_embed|patch_embed|blocks|norm)": r"trunk.\1",  # how a key begins
+CAM_NAMES = {"(cls_token|pos_embed|patch_embed|blocks|norm)": r"backbone.\1",  # how a key begins
              "adaptive_attention_fusion.attn_feat_ffn": "fusion.pool",
              "adaptive_attention_fusion.attn_head_ffn": "fusion.excite"}
-SEG_NAMES = {"encoder": "trunk", "decoder.proj_dec": "enter", "decoder.cls_emb": "label_vectors",
+SEG_NAMES = {"encoder": "backbone", "decoder.proj_dec": "enter", "decoder.cls_emb": "label_vectors",
              "decoder.blocks": "blocks", "decoder.decoder_norm": "norm", "decoder.proj_patch": "P",
              "decoder.proj_classes": "Q", "decoder.mask_norm": "label_norm"}
 
@@ -64,7 +64,7 @@ def convert_cam(state, split, pool):
     """WeakTr's generator -> a function that makes ours, and its state dict"""
     tokens, positions = state["cls_token"], state["pos_embed"]       # (1, K, D), (1, K + h*w, D)
     rows = [i - 1 for i in kept_ids(tokens.shape[1], split)]
-    # The trunk's own [CLS], whose place the class tokens have taken, is not in the file
+    # The backbone's own [CLS], whose place the class tokens have taken, is not in the file
     state["cls_token"] = no_cls = torch.zeros_like(tokens[:, :1])
     state["pos_embed"] = torch.cat([no_cls, positions[:, tokens.shape[1]:]], dim=1)
     ours = rename(state, CAM_NAMES) | {
@@ -118,7 +118,7 @@ def main(args):
     record |= {"pool": args.pool} if args.cam else {"side": 520}  # of a photo at scale 1, in pixels
     own = {"generator": ours, "options": model.options} if args.cam else {"segmenter": ours}
     kept(checkpoint, record, False, "")  # refuses to replace a file that is not ours
-    save(checkpoint, {**own, "vit": model.trunk.sizes, "classes": split.classes,
+    save(checkpoint, {**own, "vit": model.backbone.sizes, "classes": split.classes,
                       "recipe": args.recipe, "record": record})
     flags = f"--data {args.data} --split {args.split} --recipe {args.recipe} --out {args.out}"
     print("next:\n    python " + (f"train_cam.py {flags} --phase match --resume" if args.cam else

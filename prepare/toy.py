@@ -437,31 +437,31 @@ def train_vit(steps=4200):
             spread = p2p / p2p.sum(dim=2, keepdim=True) @ logits
         return [z.float().unflatten(1, (h, w)) for z in (logits, spread)]
 
-    train_trunk("vit", [*vit.parameters(), *head.parameters()], answers, steps)
+    train_backbone("vit", [*vit.parameters(), *head.parameters()], answers, steps)
     return vit
 
 
 def train_resnet(steps=1500):
     """Answers: the logits of all places. Batch norm is measured once more at the end, on views."""
-    trunk, head = ResNet(**RESNET, norm=nn.BatchNorm2d), nn.Conv2d(8 * RESNET["first"], 12, 1)
+    backbone, head = ResNet(**RESNET, norm=nn.BatchNorm2d), nn.Conv2d(8 * RESNET["first"], 12, 1)
 
     def answers(view):
         with torch.autocast("cpu", torch.bfloat16):
-            return [head(trunk(view)).float().movedim(1, 3)]                     # (B, h, w, 12)
+            return [head(backbone(view)).float().movedim(1, 3)]                     # (B, h, w, 12)
 
-    x = train_trunk("resnet", [*trunk.parameters(), *head.parameters()], answers, steps)
-    norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
+    x = train_backbone("resnet", [*backbone.parameters(), *head.parameters()], answers, steps)
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all that follows
     with torch.no_grad():
         for part in x[:2000].split(100):
-            trunk(part)
-    return trunk
+            backbone(part)
+    return backbone
 
 
-def train_trunk(title, parameters, answers, steps, B=48):
-    """A trunk's pretraining, in the place of ImageNet's: which of 12 things does a picture show?
+def train_backbone(title, parameters, answers, steps, B=48):
+    """A backbone's pretraining, in the place of ImageNet's: which of 12 things does a picture show?
 
     answers(images) is a list of logits (B, h, w, 12). Returns the normalised images. Pictures are
     views of untied scenes and windows of them, 12 to 24 pixels wide, with their own labels; none is
@@ -501,12 +501,12 @@ def train_trunk(title, parameters, answers, steps, B=48):
     return x
 
 
-def pack(clip, vit, trunk):
+def pack(clip, vit, backbone):
     """The three models in one compressed file, half precision, without word embeddings of zeros"""
     rows = clip.token_embedding.weight.detach()
     used = rows.abs().sum(dim=1).nonzero()[:, 0]
     arrays = {"rows": used.numpy(), "embeddings": rows[used].half().numpy()}
-    for title, model in (("clip", clip), ("vit", vit), ("resnet", trunk)):
+    for title, model in (("clip", clip), ("vit", vit), ("resnet", backbone)):
         arrays |= {f"{title}/{key}": value.half().numpy() for key, value in
                    model.state_dict().items()
                    if key != "token_embedding.weight" and "num_batches" not in key}
@@ -571,7 +571,7 @@ def retrain(parts):
     rows = 0.1 * torch.randn(len(used), clip.text_width)
     with torch.no_grad():
         clip.token_embedding.weight.zero_()[used] = rows
-    committed, vit, trunk = unpack()
+    committed, vit, backbone = unpack()
     if "image" in parts:
         train_image_tower(clip)
     else:
@@ -586,8 +586,8 @@ def retrain(parts):
         vit = train_vit()
     if "resnet" in parts:
         torch.manual_seed(3)
-        trunk = train_resnet()
-    pack(clip, vit, trunk)
+        backbone = train_resnet()
+    pack(clip, vit, backbone)
 
 
 def main(args):
@@ -602,7 +602,7 @@ def main(args):
            "cooccurrence": args.cooccurrence})
     write_data(out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
     torch.manual_seed(0)
-    clip, vit, trunk = unpack()
+    clip, vit, backbone = unpack()
     if pairs != USUAL:
         train_text_tower(clip, pairs, steps=600, peak=1e-3)
     with torch.no_grad():
@@ -612,7 +612,7 @@ def main(args):
     for text, row in (("its class", as_class), ("its background", as_background)):
         values = [f"{value:6.2f}" for value in row]
         print(f"  to {text:<15}{''.join(values[:5])}  |{''.join(values[5:])}")
-    for name, state in (("clip.pt", clip.state_dict()), ("resnet.pth", trunk.state_dict()),
+    for name, state in (("clip.pt", clip.state_dict()), ("resnet.pth", backbone.state_dict()),
                         ("vit.pth", {"model": vit.state_dict()})):
         save(out / name, state)
     print(f"{out}: {args.train} training and {args.val} validation images, clip.pt, resnet.pth, "

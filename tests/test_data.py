@@ -85,8 +85,8 @@ def test_the_mistake_of_a_loading_process_is_one_line(root, tmp_path, toy, capsy
 
 def places(monkeypatch, n, steps, start=0, rank=0, world=1, seed=5):
     """The batches of (epoch, i) that a process loads, four a step over all"""
-    monkeypatch.setattr(common, "rank", lambda: rank)
-    monkeypatch.setattr(common, "world", lambda: world)
+    monkeypatch.setattr(common, "RANK", rank)
+    monkeypatch.setattr(common, "WORLD", world)
     recipe = {"batch": 4, "seed": seed, "steps": steps}
     return list(load_batches(range(n), recipe, start, CPU, 0).batch_sampler)
 

@@ -91,7 +91,7 @@ def segmenter(tmp_path_factory):
     torch.manual_seed(0)
     model, path = Segmenter(ViT(8, 64, 1, (4, 4)), 4), tmp_path_factory.mktemp("model") / "seg.pt"
     torch.nn.init.normal_(model.label_vectors)
-    torch.save({"segmenter": model.state_dict(), "vit": model.trunk.sizes, "classes": PETS,
+    torch.save({"segmenter": model.state_dict(), "vit": model.backbone.sizes, "classes": PETS,
                 "recipe": "toy", "record": {"side": 64}}, path)
     return path
 

@@ -23,9 +23,9 @@ import bench  # noqa: E402
 import companion  # noqa: E402
 import one_photo  # noqa: E402
 import train_cam  # noqa: E402
-from clip_model import load_clip  # noqa: E402
-from common import scaled_input  # noqa: E402
-from train_cam import class_texts, clip_view, cosine, recipe_of  # noqa: E402
+from clip_model import class_texts, load_clip  # noqa: E402
+from mask_generator import scaled_input  # noqa: E402
+from train_cam import clip_view, cosine, recipe_of  # noqa: E402
 
 TEXT = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 FIGURES = ROOT / "figures/method"
@@ -244,7 +244,7 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     file.write_text("\n".join(lines))
     call("words", *flags)
     clip = load_clip(toy / "clip.pt")
-    texts = F.normalize(class_texts(clip, ["water", "sky"], "cpu"), dim=1)
+    texts = F.normalize(class_texts(clip, ["water", "sky"]), dim=1)
     shutil.copy(chain / "cam/classify.pt", tmp_path)
     state = cam(tmp_path, "--phase", "refine")  # reads them
     assert torch.allclose(state["prompts"]["u_b"], texts.mean(dim=0).expand(6, -1), atol=1e-6)
@@ -266,7 +266,7 @@ def test_one_photo(toy, chain, tmp_path, capsys):
 
     clip = load_clip(toy / "clip.pt")
     X = clip_view(clip, scaled_input(Image.open(photo), 1, 1, 10 ** 6))
-    u_f, *words = class_texts(clip, ["cow", "grass", "sky"], "cpu").split(1)
+    u_f, *words = class_texts(clip, ["cow", "grass", "sky"]).split(1)
     grass, sky = (one_photo.optimise(clip, X, u_f, u_b, 20) for u_b in words)    # (9, 1, R, R)
     assert torch.equal(grass[:5], sky[:5]) and (grass[0] == 0.5).all()  # matching needs no word
     kept = [clip.encode_image(M[None] * X) for M in (grass[4], grass[8], sky[8])]

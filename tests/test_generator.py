@@ -57,7 +57,7 @@ def test_any_image_size(H, W):
             torch.testing.assert_close(z[b:b + 1], one[name], atol=1e-5, rtol=1e-4)
     whole = F.pad(image, (0, -W % 4, 0, -H % 4))  # below and at the right, in the mean colour
     torch.testing.assert_close(generator(whole)[0], cam)
-    block, x = generator.trunk.blocks[0], torch.randn(2, 5, 64)
+    block, x = generator.backbone.blocks[0], torch.randn(2, 5, 64)
     (fast, none, _), (slow, maps, _) = block(x), block(x, with_maps=True)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
     assert none is None and torch.allclose(maps.sum(dim=3), torch.ones(2, 1, 5))

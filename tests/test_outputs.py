@@ -144,7 +144,7 @@ def other_mask(m):
     (m / "masks/train_00001.png").write_bytes((m / "masks/train_00002.png").read_bytes() + b" ")
 
 
-def other_trunk(m):
+def other_backbone(m):
     rewrite(m / "vit.pth", lambda state: state["model"]["norm.bias"].add_(1))
 
 
@@ -157,8 +157,8 @@ CHANGES = {  # what changes: the stage that refuses, the file and key it names
         "# exif: ignore\n" + (m / "data/classes.txt").read_text()), "masks", "with photos"),
     "a label": (lambda m: (m / "data/train.csv").write_text(
         (m / "data/train.csv").read_text().replace("cow", "cow;car", 1)), "seg", "with photos"),
-    "the trunk": (other_trunk, "cam", "classify.pt: made with weights"),
-    "the segmentation's trunk": (other_trunk, "seg", "made with weights"),
+    "the backbone": (other_backbone, "cam", "classify.pt: made with weights"),
+    "the segmentation's backbone": (other_backbone, "seg", "made with weights"),
     "a text weight of CLIP": (lambda m: rewrite(
         m / "clip.pt", lambda s: s["ln_final.bias"].add_(1)), "cam", "match.pt: made with clip"),
     "classify.pt": (lambda m: rewrite(m / "cam/classify.pt", lambda s: s["generator"][

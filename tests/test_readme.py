@@ -13,7 +13,8 @@ SOURCE = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8")
 IMPORTS = {  # between scripts: models and equations
     "common": set(), "clip_model": {"common"}, "mask_generator": {"common", "clip_model"},
     "train_cam": {"common", "clip_model", "mask_generator"}, "make_pseudo": {"common"},
-    "train_seg": {"common", "mask_generator"}, "eval": {"common", "make_pseudo", "train_seg"}}
+    "train_seg": {"common", "mask_generator"},
+    "eval": {"common", "make_pseudo", "mask_generator", "train_seg"}}
 
 
 def tags(text):

@@ -38,7 +38,7 @@ def test_published_figures(name, images):
     assert [recipe[key] for key in keys] == published[name]
     seg = seg_recipe(name)
     assert seg["steps"] == 100 * -(-images // 4) and seg["batch"] == 4
-    assert (seg["lr"], seg["trunk_lr"], seg["last_lr"]) == (1e-4, 0.1, 1e-5)
+    assert (seg["lr"], seg["backbone_lr"], seg["last_lr"]) == (1e-4, 0.1, 1e-5)
     assert (seg["clip_start"], seg["clip_patch"]) == (1.2, 120)
     assert PRESETS["voc-test"] == dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3))
 
@@ -84,13 +84,13 @@ def test_clipping_of_high_losses_by_hand(monkeypatch):
     odd = losses.detach().flip(2)[:, :, 1:]  # the mean is 14 / 12, that of the narrow tile 1.75
     expected = torch.tensor([[1, 14 / 12, 1.75], [0, 14 / 12, 1.75]])
     torch.testing.assert_close(train_seg.clip_high_losses(odd, 1.2, 2)[0], expected)
-    monkeypatch.setattr(train_seg, "world", lambda: 2)
+    monkeypatch.setattr(train_seg, "WORLD", 2)
     monkeypatch.setattr(train_seg, "sum_over_processes", lambda x: x + losses[1].detach())
     assert train_seg.clip_high_losses(losses[:1], 1.2, 2).equal(clipped[:1])
 
 
 def test_a_batch_is_shared_equally(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_seg, "world", lambda: 3)
+    monkeypatch.setattr(train_seg, "WORLD", 3)
     line = error_line(capsys, "train_seg", "--data", toy / "data", "--labels", toy / "data/masks",
                       "--out", tmp_path, *TINY)
     assert "--batch 4: expected a multiple of the 3 processes" in line
@@ -115,14 +115,15 @@ def test_ignored_pixels_count_as_zero():
 def test_positions_are_resized_once_to_the_crop(toy):
     """Bilinear, by hand: from 16 x 16 to 8 x 8, each is the mean of four. All norms: eps 1e-5."""
     vit = load_vit(toy / "vit.pth")
-    trunk = train_seg.load_trunk(toy / "vit.pth", seg_recipe("toy") | {"crop": 32})
-    assert (trunk.grid, vit.grid, trunk.sizes["eps"]) == ((8, 8), (16, 16), 1e-5)
+    backbone = train_seg.load_backbone(toy / "vit.pth", seg_recipe("toy") | {"crop": 32})
+    assert (backbone.grid, vit.grid, backbone.sizes["eps"]) == ((8, 8), (16, 16), 1e-5)
     by_four = vit.pos_embed[0, 1:].view(8, 2, 8, 2, 128).mean(dim=(1, 3)).flatten(0, 1)
-    torch.testing.assert_close(trunk.pos_embed[0, 1:], by_four)
-    assert trunk.pos_embed.requires_grad and trunk.pos_embed[:, :1].equal(vit.pos_embed[:, :1])
-    model = Segmenter(ViT(**trunk.sizes), 3)
+    torch.testing.assert_close(backbone.pos_embed[0, 1:], by_four)
+    assert backbone.pos_embed.requires_grad
+    assert backbone.pos_embed[:, :1].equal(vit.pos_embed[:, :1])
+    model = Segmenter(ViT(**backbone.sizes), 3)
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
-    whole = train_seg.load_trunk(toy / "vit.pth", seg_recipe("toy"))  # crop 64: the same grid
+    whole = train_seg.load_backbone(toy / "vit.pth", seg_recipe("toy"))  # crop 64: the same grid
     assert whole.pos_embed.equal(vit.pos_embed)
 
 
