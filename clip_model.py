@@ -12,8 +12,7 @@ relative error of 2e-6. Where this file departs from OpenAI's code:
   [detail L1] The prompt's full stop is the word-final token 269, as in "a photo of a cat."; in the
               SemPLeS code it is 13, which stands inside words. So real words as p give u of the
               same sentence.
-  [detail L2] Left out: text behind the longest [EOT] of the batch, and the last block's attention
-              and MLP for tokens that are not read.
+  [detail L2] Left out: text behind the longest [EOT] of the batch.
   [detail L3] float32, where OpenAI's archives hold half precision.
   [detail L4] preprocess converts to RGB before it resizes: only palette images differ.
 
@@ -101,7 +100,8 @@ class CLIP(nn.Module):
         """u = LN(Blocks(x + positions))[EOT] W: x (B, T, D), places of [EOT] (B,) -> (B, E)"""
         T = x.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()      # (T, T)
-        x = self.transformer(x + self.positional_embedding[:T], read=eot, mask=causal)
+        x = self.transformer(x + self.positional_embedding[:T], causal)          # (B, T, D)
+        x = x[torch.arange(len(x), device=x.device), eot]                        # (B, D)
         return self.ln_final(x) @ self.text_projection                           # (B, E)
 
 
@@ -114,11 +114,11 @@ def sentence(device):
 class VisionTransformer(nn.Module):
     def __init__(self, resolution, patch, width, layers, embed_dim):
         super().__init__()
-        self.patch, self.grid = patch, resolution // patch
-        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)  # used as a matrix
+        self.patch = patch
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(
-            width ** -0.5 * torch.randn(self.grid ** 2 + 1, width))
+            width ** -0.5 * torch.randn((resolution // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
@@ -126,13 +126,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         """v = LN(Blocks(LN([class; W patches] + positions)))[class] W': (B, 3, R, R) -> (B, E)"""
-        B, g, p = len(x), self.grid, self.patch
-        x = x.reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)
-        x = linear(x, self.conv1.weight.flatten(1))                              # (B, h*w, D)
-        x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)         # (B, 1 + h*w, D)
-        x = self.ln_pre(x + self.positional_embedding)
-        x = self.transformer(x, read=torch.zeros(B, dtype=torch.long, device=x.device))  # (B, D)
-        return self.ln_post(x) @ self.proj                                       # (B, E)
+        x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, h*w, D)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)    # (B, 1 + h*w, D)
+        x = self.transformer(self.ln_pre(x + self.positional_embedding))         # (B, 1 + h*w, D)
+        return self.ln_post(x[:, 0]) @ self.proj                                 # (B, E)
 
 
 class Transformer(nn.Module):
@@ -140,15 +137,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x, read, mask=None):
-        """x (B, T, D), places read (B,), mask (T, T), True where a token may look -> the tokens
-        read (B, D). The last block computes no others. [detail L2]"""
-        *blocks, last = self.resblocks
-        for block in blocks:
+    def forward(self, x, mask=None):
+        """x (B, T, D), mask (T, T), True where a token may look -> (B, T, D)"""
+        for block in self.resblocks:
             x = block(x, mask)
-        rows = torch.arange(len(x), device=x.device)
-        mask = None if mask is None else mask[read][:, None, None]               # (B, 1, 1, T)
-        return last(x, mask, (rows[:, None], read[:, None]))[:, 0]
+        return x
 
 
 class Block(nn.Module):
@@ -159,9 +152,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x, mask, read=...):
-        """x <- x + Attention(LN(x)); x <- x + MLP(LN(x)): (B, T, D) -> tokens read (B, Q, D)"""
-        x = x[read] + self.attn(self.ln_1(x), mask, read)
+    def forward(self, x, mask):
+        """x <- x + Attention(LN(x)); x <- x + MLP(LN(x)): (B, T, D) -> (B, T, D)"""
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -170,43 +163,26 @@ class Attention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))  # q, k, v
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, mask, read):
-        """W [softmax(q k^T / 8) v of each head] + b; q, k, v = W' x + b': (B, T, D) -> (B, Q, D)"""
-        q, k, v = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        q, k, v = (z.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for z in (q[read], k, v))
+    def forward(self, x, mask):
+        """W [softmax(q k^T / 8) v of each head] + b; q, k, v = W' x + b': (B, T, D) -> (B, T, D)"""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = (z.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for z in qkv)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask) if len(q) else q
-        return self.out_proj(y.transpose(1, 2).flatten(2))                       # (B, Q, D)
+        return self.out_proj(y.transpose(1, 2).flatten(2))                       # (B, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        """W2 g(W1 x + b1) + b2, QuickGELU g(z) = z σ(1.702 z). Through silu(z) = z σ(z) the
-        backward pass stores less."""
-        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x, weight, bias=None):
-    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out); on a CPU by a 1x1
-    convolution: torch gives matrix products to MKL, which does without the widest instructions of
-    AMD's processors, but convolutions to oneDNN, except on one thread (half the time on AMD, no
-    gain on Intel: experiments/bench.py clip)."""
-    if not x.is_cpu or x.numel() == 0 or torch.get_num_threads() == 1:
-        return F.linear(x, weight, bias)
-    column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)    # (1, in, rows, 1), no copy
-    y = F.conv2d(column, weight[:, :, None, None], bias)             # (1, out, rows, 1)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+        """W2 g(W1 x + b1) + b2, QuickGELU g(z) = z σ(1.702 z)"""
+        z = self.c_fc(x)
+        return self.c_proj(z * (1.702 * z).sigmoid())
 
 
 # ---- Tokenizer: byte-pair encoding (Sennrich et al. 2016) ----------------------------------------
@@ -269,17 +245,17 @@ def tokenizer():
     return Tokenizer()
 
 
-def tokenize(texts, context_length=77, truncate=False):
+def tokenize(texts, context_length=77):
     """A string or B strings -> ids (B, T = context_length), int64: [SOT] text [EOT] 0 0 ..."""
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)           # (B, T)
     for row, text in zip(tokens, texts, strict=True):
         # merging takes time by the square of a word's length: much more is never read
         ids = tokenizer().encode(text[:100 * context_length])
-        if len(ids) > context_length - 2 and not truncate:
+        if len(ids) > context_length - 2:
             raise InputError(f"text of {len(ids) + 2} tokens or more, but CLIP reads "
                              f"{context_length}; shorten it: {text[:200]!r}")
-        ids = [tokenizer().sot, *ids[:context_length - 2], tokenizer().eot]
+        ids = [tokenizer().sot, *ids, tokenizer().eot]
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 

@@ -32,7 +32,6 @@ from torchvision.models import get_model_weights, resnet
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 from torchvision.transforms import InterpolationMode, v2
 
-from clip_model import Linear
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, InputError, check_classes, fetch_weights, load_weights,
     read_checkpoint, read_tensors)
@@ -145,8 +144,8 @@ class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.heads = width // HEAD_WIDTH
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x, with_maps):
         """x (B, T, D) -> (B, T, D), and the maps (B, A, T, T) or None"""
@@ -172,7 +171,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = nn.ModuleDict({"fc1": Linear(width, 4 * width), "fc2": Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
+                                  "fc2": nn.Linear(4 * width, width)})
 
     def drop(self, y):
         y = F.dropout(y, self.dropout, self.training)

@@ -37,7 +37,7 @@ from common import (
     IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, autocast, check_loading,
     digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_seed,
     read_checkpoint, read_labels, run, start_processes, sum_over_processes)
-from mask_generator import Block, Linear, ViT, load_vit, weight_file
+from mask_generator import Block, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
 
@@ -69,7 +69,7 @@ class Segmenter(nn.Module):
     def __init__(self, vit, num_labels, dropout=0.0):
         super().__init__()
         self.backbone, self.num_labels, D = vit, num_labels, vit.width
-        self.enter = Linear(D, D)
+        self.enter = nn.Linear(D, D)
         self.label_vectors = nn.Parameter(torch.randn(1, num_labels, D) * 0.02)
         self.blocks = nn.ModuleList(Block(D, dropout=dropout, eps=1e-5) for _ in range(2))
         self.norm = nn.LayerNorm(D)

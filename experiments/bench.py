@@ -35,7 +35,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
@@ -44,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 import eval  # noqa: E402
 import train_cam  # noqa: E402
 import train_seg  # noqa: E402
-from clip_model import CLIP, Linear, linear, tokenize  # noqa: E402
+from clip_model import CLIP, tokenize  # noqa: E402
 from common import autocast, write_labels  # noqa: E402
 from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary  # noqa: E402
 from mask_generator import (  # noqa: E402
@@ -143,9 +142,6 @@ def bench_clip(args):
         theirs.requires_grad_("frozen" not in title)
         with autocast(torch.device(args.device), "auto"):
             show(title, *race(lambda: call(ours), lambda: call(theirs), args))
-    a, w, bias = torch.randn(50 * args.batch, 768), torch.randn(3072, 768), torch.randn(3072)
-    show("linear() and F.linear, CPU", *race(lambda: linear(a, w, bias),
-                                             lambda: F.linear(a, w, bias), args))
     show("MiB, image forward + backward", *(peak_of(args, side) for side in ("ours", "theirs")))
     show("the same, theirs frozen too", "", peak_of(args, "frozen"))
 
@@ -292,8 +288,6 @@ def build_side(args, official):
                   photo=Image.new("RGB", (96, 64) if args.toy else (500, 375)))
     for model in (clip, m.generator, m.segmenter) if official else ():
         for part in model.modules():
-            if isinstance(part, Linear):
-                part.__class__ = nn.Linear
             if isinstance(part, AttentionFusion):
                 part.__class__ = PlainFusion
     for b in range(args.batch):

@@ -211,21 +211,6 @@ def test_real_words_as_prompts(pair):
             clip.encode_prompts(torch.zeros(2, length, clip.text_width))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_linear_is_torchs(threads, monkeypatch):
-    """On two threads by a convolution, on one by torch's own"""
-    before, called, conv2d = torch.get_num_threads(), [], F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda *args: (called.append(1), conv2d(*args))[1])
-    x, w, bias = torch.randn(2, 5, 8), torch.randn(6, 8, requires_grad=True), torch.randn(6)
-    torch.set_num_threads(threads)
-    try:
-        ours, theirs = clip_model.linear(x, w, bias), F.linear(x, w, bias)
-        (a,), (b,) = (torch.autograd.grad(y.square().sum(), w) for y in (ours, theirs))
-    finally:
-        torch.set_num_threads(before)
-    assert len(called) == threads - 1 and error(ours, theirs) < 1e-6 and error(a, b) < 1e-6
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
