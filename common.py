@@ -4,6 +4,7 @@ devices and processes, the data layout, pictures, files that are whole or absent
 The data layout (docs/data.md): ROOT/classes.txt, ROOT/SPLIT.csv with a line `PATH,CLASS;CLASS`
 per photo, ROOT/masks/NAME.png.
 """
+import ast
 import csv
 import datetime
 import hashlib
@@ -26,7 +27,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+QUIET = None if RANK == 0 else True  # tqdm's disable: one process shows bars, in a terminal alone
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
 
@@ -50,19 +53,19 @@ def run(main, args):
 
 def start_processes(device):
     """Join torchrun's process group, if there is one. auto, cpu or cuda -> torch.device"""
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device; use --device cpu, or install "
                          "a torch that was built for CUDA")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if cuda := cuda and device != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
     if "RANK" in os.environ and not dist.is_initialized():
         if missing := {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ):
             raise InputError(f"RANK is set and {min(missing)} is not; expected the variables that "
                              "torchrun sets; start by torchrun, or unset RANK")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 
 def wait_for_all():
@@ -85,24 +88,18 @@ def sum_over_processes(x):
 
 def shard(items, title):
     """This process's part of a list, with a progress bar in a terminal"""
-    return tqdm(items[RANK::WORLD], title, disable=quiet())
+    return tqdm(items[RANK::WORLD], title, disable=QUIET)
 
 
-def quiet():
-    """tqdm's disable: one process shows a bar, in a terminal alone"""
-    return None if RANK == 0 else True
-
-
-def autocast(device, precision):
-    """torch.autocast: matrix products in bfloat16 or float16; weights and losses are float32.
-
-    auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has no bfloat16."""
-    if precision == "auto":
-        precision = "float32"
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = "bfloat16" if fast else "float16"
-    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+def mixed_precision(device, precision):
+    """Matrix products in bfloat16 or float16; weights and losses are float32 -> torch.autocast and
+    GradScaler. auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has none."""
+    if precision == "auto" and device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if fast else "float16"
+    dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
+    return (torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -190,13 +187,14 @@ def claim(folder, files, record, resume=False, reads=()):
 def fetch_weights(url, sha256):
     """The file at url, whose SHA-256 begins with these digits, downloaded once -> Path"""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
-    if not path.exists():
+    if LOCAL_RANK == 0 and not path.exists():  # one process of a machine
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise InputError(f"cannot download {url} ({error}); run again, or fetch it by hand "
                              f"and save it as {path}") from None
+    wait_for_all()
     return path
 
 
@@ -289,30 +287,11 @@ def read_labels(path, size, num_labels):
     if size not in (None, labels.shape):
         raise InputError(f"{path}: {labels.shape} pixels (height, width), its photo {size}; "
                          "expected the same; make the label picture again")
-    if (labels + np.uint8(1)).max() > num_labels:  # 255 becomes 0
-        label = labels[labels < 255].max()
-        raise InputError(f"{path}: label {label}; expected 0 to {num_labels - 1} or 255 (ignore); "
-                         "made for another class list, or with COCO's 91 category ids?")
+    largest = labels[labels < 255].max(initial=0)
+    if largest >= num_labels:
+        raise InputError(f"{path}: label {largest}; expected 0 to {num_labels - 1} or 255 (ignore);"
+                         " made for another class list, or with COCO's 91 category ids?")
     return labels
-
-
-def read_cams(folder, name, present, size):
-    """folder/NAME.npy (n, any h, any w) in [0, 1], a map for each class in present (n,) -> float32
-    (n, H, W), size = (H, W) of the photo"""
-    path = Path(folder) / f"{name}.npy"
-    if len(present) == 0:
-        return torch.zeros(0, *size)
-    try:
-        maps = np.load(path, allow_pickle=False).astype(np.float32)
-        if maps.ndim != 3 or len(maps) != len(present) or not (maps.min() >= 0 and maps.max() <= 1):
-            raise ValueError(f"shape {maps.shape}, values {maps.min():.3g} to {maps.max():.3g}")
-    except Exception as error:  # a broken header raises anything
-        raise InputError(f"{path}: no readable CAMs ({error}); expected {len(present)} maps in [0, "
-                         "1]; export them again, or convert another program's with "
-                         "prepare/foreign.py") from None
-    # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not
-    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in maps]
-    return torch.from_numpy(np.array(maps))
 
 
 class Split:
@@ -378,9 +357,20 @@ class Split:
     def image(self, name):
         return read_image(self.paths[name], self.upright)
 
+    def photo(self, name):
+        return name, self.image(name)
+
     def present(self, name):
         """The classes that a photo shows, (n,)"""
         return np.flatnonzero(self.labels[name])
+
+
+def load_photos(split, names, title, device):
+    """(name, PIL photo) of this process's part of the names, with a progress bar in a terminal. For
+    a GPU other processes read them while it computes."""
+    workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+    return tqdm(DataLoader(names[RANK::WORLD], batch_size=None, collate_fn=split.photo,
+                           num_workers=workers), title, disable=QUIET)
 
 
 # ---- Training: the order of the photos, and what a run writes while it goes on -------------------
@@ -403,17 +393,38 @@ def check_loading(batch, workers):
         raise InputError(f"--workers {workers}: expected 0 or more loading processes")
 
 
+def places(n, recipe, start):
+    """The (epoch, i) of this process's images, step by step: shuffled passes over n photos, one
+    after the other, are cut into batches, of which a process takes its part."""
+    for step in range(start, recipe["steps"]):
+        part = range(step * recipe["batch"] + RANK, (step + 1) * recipe["batch"], WORLD)
+        yield [(place // n, shuffled(n, recipe["seed"], place // n)[place % n]) for place in part]
+
+
 def load_batches(dataset, recipe, start, device, workers):
-    """DataLoader of the steps after `start`. Shuffled passes over the photos, one after the other,
-    are cut into batches, of which a process takes its part. A batch depends on seed and step alone,
-    an item on seed, epoch and i: resuming and more processes or workers change nothing."""
-    n, batch, seed = len(dataset), recipe["batch"], recipe["seed"]
-    places = (range(step * batch + RANK, (step + 1) * batch, WORLD)
-              for step in range(start, recipe["steps"]))
-    batches = ([(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]
-               for part in places)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      pin_memory=device.type == "cuda")
+    """DataLoader of the steps after `start`. A batch depends on seed and step alone, an item on
+    seed, epoch and i: resuming and more processes or workers change nothing."""
+    return DataLoader(dataset, batch_sampler=places(len(dataset), recipe, start),
+                      num_workers=workers, pin_memory=device.type == "cuda")
+
+
+def read_changes(words, recipe, choices):
+    """--set KEY=VALUE ... -> {key: value}: literals of the recipe's types, whole ones above 0"""
+    changes = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        try:
+            old = recipe[key]
+            value = text if isinstance(old, str) else ast.literal_eval(text)
+            value = float(value) if isinstance(old, float) else value
+            good = type(value) is type(old) and value in choices.get(key, [value])
+        except (KeyError, SyntaxError, TypeError, ValueError):
+            good = False
+        if not good or type(value) is int and value < 1:
+            raise InputError(f"--set {word}: expected KEY=VALUE, like one of " + ", ".join(
+                f"{k}={'|'.join(choices.get(k, [str(recipe[k])]))}" for k in sorted(recipe)))
+        changes[key] = value
+    return changes
 
 
 class Journal:
@@ -424,6 +435,7 @@ class Journal:
     def __init__(self, path, record, model, optimizer, scaler, resume, again, replaced):
         self.path, self.record, self.steps = path, record, record["steps"]
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        self.every = max(1, min(self.steps // 60, 500))  # steps from one save to the next
         self.step, self.rows, self.sums = 0, [], 0
         if state := kept(path.with_suffix(".part"), record, resume, again):
             for name, part in self.parts.items():
@@ -434,7 +446,7 @@ class Journal:
         for file in replaced if RANK == 0 else []:
             file.unlink(missing_ok=True)
         self.start, self.began = self.step, time.time()
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.name, disable=quiet())
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.name, disable=QUIET)
 
     def save(self):
         if RANK == 0:
@@ -451,7 +463,7 @@ class Journal:
         n = torch.full((), n, dtype=torch.float64, device=device)
         self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in values.values())])
         self.bar.update()
-        if step % max(1, min(self.steps // 60, 500)) and step < self.steps:
+        if step % self.every and step < self.steps:
             return
         n, *sums = sum_over_processes(self.sums).tolist()
         weights = [p for p in self.parts["model"].parameters() if p.requires_grad]
@@ -471,6 +483,11 @@ class Journal:
         if RANK == 0:
             tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
                                   f"{key} {value}" for key, value in self.rows[-1].items()))
+
+    def spread(self, count):
+        """`count` of the steps at which it saves, evenly spread, the last one among them"""
+        return {min(self.steps, self.every * round(self.steps * i / count / self.every))
+                for i in range(1, count + 1)}
 
     def finish(self, **state):
         wait_for_all()

@@ -29,9 +29,10 @@ from torchvision.transforms import v2
 
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, RANK, InputError, Split, check_classes, claim, digest,
-    end_processes, label_picture, read_cams, read_labels, run, shard, start_processes,
+    end_processes, label_picture, load_photos, read_labels, run, shard, start_processes,
     sum_over_processes, wait_for_all, write_labels, writing)
-from make_pseudo import BACKGROUND_SCORE, PRESETS, check_score, dense_crf, score_labels
+from make_pseudo import (
+    BACKGROUND_SCORE, PRESETS, check_score, dense_crf, read_cams, score_labels)
 from mask_generator import scaled_input
 from train_seg import load_segmenter
 
@@ -190,9 +191,9 @@ def labels_of_model(args, split, model, recipe, device):
     return labels
 
 
-def count(name, split, labels_of, save, scored):
-    """Confusion matrices (scores, C, C) of a photo, whose prediction is written if asked"""
-    photo, C = split.image(name), len(split.classes) + 1
+def count(photo, split, labels_of, save, scored):
+    """(name, PIL photo) -> confusion matrices (scores, C, C). The prediction is written if asked"""
+    (name, photo), C = photo, len(split.classes) + 1
     labels = labels_of(name, photo)
     if save:
         write_labels(Path(save) / f"{name}.png", labels[0])
@@ -292,10 +293,14 @@ def main(args):
     # ---- predict and count
     C = len(split.classes) + 1
     work = partial(count, split=split, labels_of=labels_of, save=args.save, scored=scored)
-    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
-        names = shard(split.names, f"eval {split.split}")
-        counts = sum(map(work, names) if args.checkpoint else pool.map(work, names),
-                     np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64))
+    counts = np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64)
+    if args.checkpoint:
+        photos = load_photos(split, split.names, f"eval {split.split}", device)
+        counts = sum(map(work, photos), counts)
+    else:
+        with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
+            names = shard(split.names, f"eval {split.split}")
+            counts = sum(pool.map(lambda name: work(split.photo(name)), names), counts)
     counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
     counts = sum_over_processes(counts).cpu().numpy()
     end_processes()

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import (
-    RANK, InputError, Split, claim, end_processes, folder_digest, open_image, read_cams, run, shard,
+    RANK, InputError, Split, claim, end_processes, folder_digest, load_photos, open_image, run,
     start_processes, wait_for_all, write_labels)
 
 # n classes that a photo shows, H W pixels, C labels of a CRF, V = H*W, M lattice points,
@@ -313,6 +313,25 @@ def check_score(score):
         raise InputError(f"--background-score {score}: expected a number in (0, 1)")
 
 
+def read_cams(folder, name, present, size):
+    """folder/NAME.npy (n, any h, any w) in [0, 1], a map for each class in present (n,) -> float32
+    (n, H, W), size = (H, W) of the photo"""
+    path = Path(folder) / f"{name}.npy"
+    if len(present) == 0:
+        return torch.zeros(0, *size)
+    try:
+        maps = np.load(path, allow_pickle=False).astype(np.float32)
+        if maps.ndim != 3 or len(maps) != len(present) or not (maps.min() >= 0 and maps.max() <= 1):
+            raise ValueError(f"shape {maps.shape}, values {maps.min():.3g} to {maps.max():.3g}")
+    except Exception as error:  # a broken header raises anything
+        raise InputError(f"{path}: no readable CAMs ({error}); expected {len(present)} maps in [0, "
+                         "1]; export them again, or convert another program's with "
+                         "prepare/foreign.py") from None
+    # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not
+    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in maps]
+    return torch.from_numpy(np.array(maps))
+
+
 def read_segments(folder, name, size):
     """folder/NAME.png, a label picture of 8 or 16 bits, 0 for no segment -> int64 (H, W)"""
     path = Path(folder) / f"{name}.png"
@@ -367,16 +386,16 @@ def main(args):
         print(f"background score {args.background_score}, CRF {args.crf}, {len(split.names)} "
               f"images of {args.split}")
     wait_for_all()
-    for name in shard(split.names, "pseudo masks"):
-        if (path := Path(args.out) / f"{name}.png").is_file():
-            continue
-        photo, present = np.array(split.image(name)), split.present(name)
+    left = [name for name in split.names if not Path(args.out, f"{name}.png").is_file()]
+    wait_for_all()
+    for name, photo in load_photos(split, left, "pseudo masks", device):
+        photo, present = np.array(photo), split.present(name)
         cams = read_cams(args.cams, name, present, photo.shape[:2])              # (n, H, W)
         if args.segments:
             segments = read_segments(args.segments, name, photo.shape[:2])
             cams = average_in_segments(cams, segments)
-        write_labels(path, pseudo_mask(photo, cams, present, args.background_score,
-                                       args.crf, device))
+        labels = pseudo_mask(photo, cams, present, args.background_score, args.crf, device)
+        write_labels(Path(args.out, f"{name}.png"), labels)
     end_processes()
 
 

@@ -382,10 +382,10 @@ def read_weights(path, keys, what, flag, names):
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 
-def save_generator(journal, generator, classes):
-    """OUT/PHASE.pt"""
-    journal.finish(generator=generator.state_dict(), options=generator.options, classes=classes,
-                   **{generator.kind: generator.backbone.sizes})
+def generator_state(generator, classes):
+    """What a checkpoint of a phase holds"""
+    return {"generator": generator.state_dict(), "options": generator.options, "classes": classes,
+            generator.kind: generator.backbone.sizes}
 
 
 def load_generator(path, split, drop_path=0):

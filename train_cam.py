@@ -27,7 +27,6 @@ log); prompts also OUT/prompts.txt; export OUT/cams/NAME.npy and made_of.json (t
   torchrun --nproc-per-node 4 train_cam.py ... the same ...
 """
 import argparse
-import ast
 import math
 import os
 from functools import cache
@@ -43,11 +42,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip, nearest_words, read_nouns
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, autocast, check_classes,
-    check_loading, claim, digest, end_processes, kept, load_batches, mixed_seed, read_checkpoint,
-    run, shard, start_processes, sum_over_processes, wait_for_all, writing)
+    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_classes,
+    check_loading, claim, digest, end_processes, kept, load_batches, load_photos, mixed_precision,
+    mixed_seed, read_changes, read_checkpoint, run, save, start_processes, sum_over_processes,
+    wait_for_all, writing)
 from mask_generator import (
-    CNNGenerator, MaskGenerator, load_generator, load_resnet, load_vit, photo_cams, save_generator,
+    CNNGenerator, MaskGenerator, generator_state, load_generator, load_resnet, load_vit, photo_cams,
     weight_file)
 
 # B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E width of CLIP's
@@ -58,11 +58,11 @@ TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82
     ("classify", "steps"):           (9_900,      76_920,        76),
     ("classify", "batch"):           (64,         64,            32),
     ("classify", "lr"):              (7.5e-5,     6.25e-5,       1e-3),
-    ("classify", "backbone_lr"):     (1,          1,             0.02),   # times lr
+    ("classify", "backbone_lr"):     (1.0,        1.0,           0.02),   # times lr
     ("classify", "weight_decay"):    (0.03,       0.05,          0.03),
-    ("classify", "warmup"):          (5 / 60,     5 / 60,        0),      # share of the steps
-    ("classify", "first_lr"):        (1e-6,       1e-6,          0),      # where the warm-up begins
-    ("classify", "last_lr"):         (1e-5,       1e-5,          0),      # where the cosine ends
+    ("classify", "warmup"):          (5 / 60,     5 / 60,        0.0),    # share of the steps
+    ("classify", "first_lr"):        (1e-6,       1e-6,          0.0),    # where the warm-up begins
+    ("classify", "last_lr"):         (1e-5,       1e-5,          0.0),    # where the cosine ends
     ("classify", "class_attention"): (True,       True,          False),  # A_c2p in [eq. W3]
     ("classify", "pool"):            ("max",      "mean",        "max"),  # features in [eq. W2]
     ("classify", "reduction"):       (8,          4,             2),      # in the MLP of [eq. W2]
@@ -79,21 +79,20 @@ TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82
     ("refine", "steps"):             (9_900,      205_200,       304),
     ("refine", "batch"):             (64,         24,            16),
     ("refine", "lr"):                (6.4e-5,     2.4e-7,        1e-3),
-    ("refine", "lambda_r"):          (0.05,       0.2,           1),
+    ("refine", "lambda_r"):          (0.05,       0.2,           1.0),
     ("match refine", "lambda_b"):    (2.4,        0.75,          0.75),
     ("match refine", "eps"):         (0.1,        0.1,           0.1),
-    ("match refine", "backbone_lr"): (0.1,        0.1,           0.02),   # of a CNN
+    ("match refine", "backbone_lr"): (0.1,        0.1,           0.02),   # of a CNN, times lr
     ("match prompts refine", "weight_decay"): (0.03, 0.03,       0.03),
-    ("training", "epochs"):          (60,         60,            None),   # see cosine_rate
-    ("training", "crop"):            (224,        224,           64),     # side in pixels
-    ("training", "min_area"):        (0.08,       0.08,          0.4),    # least share of the photo
+    ("classify match prompts refine", "epochs"): (60, 60,        0),      # see cosine_rate
+    ("classify match prompts refine", "crop"): (224, 224,        64),     # side in pixels
+    ("classify match prompts refine", "min_area"): (0.08, 0.08,  0.4),    # least share of the photo
     ("classify match refine", "augment"): (True,  True,          False),
-    ("classify match refine", "drop_path"): (0.1, 0.1,           0),
+    ("classify match refine", "drop_path"): (0.1, 0.1,           0.0),
     ("export", "scales"):            ((1, 1.2),   (1, 0.8, 1.2), (1, 1.2)),
 }
 RECIPES = ("voc", "coco", "toy")
-WORDS = {"repel": ("text", "text-log", "image"), "pool": ("max", "mean")}
-COUNTS = ("steps", "batch", "length", "reduction", "crop")
+CHOICES = {"repel": ("text", "text-log", "image"), "pool": ("max", "mean")}
 
 
 # ---- Losses: features (N, E) -> a scalar, 0 without any pair -------------------------------------
@@ -127,10 +126,12 @@ def prompt_loss(v_b, u_b, u_f, lambda_t, repel="text", v_f=None):
       text-log  mean  log c(sim(u^f, u^b))        the same without a bound (the official code)
       image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a summary)"""
     L_I = pair_mean(-c(cosine(v_b, u_b)).log())
-    if repel == "text-log":
+    if repel == "text":
+        L_T = pair_mean(-(1 - c(cosine(u_f, u_b))).log())
+    elif repel == "text-log":
         L_T = pair_mean(c(cosine(u_f, u_b)).log())
-    else:
-        L_T = pair_mean(-(1 - c(cosine({"text": u_f, "image": v_f}[repel], u_b))).log())
+    elif repel == "image":
+        L_T = pair_mean(-(1 - c(cosine(v_f, u_b))).log())
     return L_I + lambda_t * L_T
 
 
@@ -187,14 +188,13 @@ def embed_regions(clip, image, cam, labels, eps):
 class Prompts(nn.Module):
     """u_k^b = E_T(p_k): P learned vectors per class (paper, section 3.3)"""
 
-    def __init__(self, clip, num_classes, length):
+    def __init__(self, num_classes, length, width):
         super().__init__()
-        self.clip = [clip]  # in a list, it is no part of this module's state
-        self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1)
+        self.vectors = nn.Parameter(torch.rand(num_classes, length, width))      # U[0, 1)
 
-    def forward(self, k):
+    def forward(self, clip, k):
         """classes (N,) -> u^b (N, E). All K prompts are encoded; [k] picks the pairs'"""
-        return self.clip[0].encode_prompts(self.vectors)[k]
+        return clip.encode_prompts(self.vectors)[k]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -210,8 +210,9 @@ def classification(args, recipe, split, device):
     else:
         generator = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K,
                                   recipe["class_attention"], recipe["pool"], recipe["reduction"])
-    journal = train(generator.to(device), classification_step, split, recipe, args, device)
-    save_generator(journal, generator, split.classes)                           # classify.pt
+    journal = train(generator.to(device), classification_step, Crops(split, recipe), recipe, args,
+                    device)
+    journal.finish(**generator_state(generator, split.classes))         # classify.pt
 
 
 def classification_step(generator, image, labels, recipe):
@@ -227,9 +228,9 @@ def matching(args, recipe, split, device, clip, u_f):
     """Head and fusion learn masks whose kept region matches the class text: L_match [eq. 1]."""
     generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
     generator.train_through_clip()
-    journal = train(generator.to(device), match_step, split, recipe, args, device,
+    journal = train(generator.to(device), match_step, Crops(split, recipe), recipe, args, device,
                     clip=clip, u_f=u_f)                                 # CLIP is frozen
-    save_generator(journal, generator, split.classes)                           # match.pt
+    journal.finish(**generator_state(generator, split.classes))         # match.pt
 
 
 def match_step(generator, image, labels, recipe, clip, u_f):
@@ -241,8 +242,8 @@ def match_step(generator, image, labels, recipe, clip, u_f):
 def prompt_learning(args, recipe, split, device, clip, u_f):
     """The prompts learn to name what the masks drop, by L_prompt [eq. 2]."""
     generator = load_generator(args.out / "match.pt", split).eval().requires_grad_(False)  # frozen
-    prompts = Prompts(clip, len(split.classes), recipe["length"])
-    journal = train(prompts.to(device), prompt_step, split, recipe, args, device,
+    prompts = Prompts(len(split.classes), recipe["length"], clip.text_width)
+    journal = train(prompts.to(device), prompt_step, Crops(split, recipe), recipe, args, device,
                     generator=generator.to(device), clip=clip, u_f=u_f)
     with torch.no_grad():
         u_b = clip.encode_prompts(prompts.vectors)                      # (K, E)
@@ -255,7 +256,7 @@ def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
     with torch.no_grad():
         cam, _ = generator(image)                                       # (B, K, h, w)
         v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])
-    u_b, u_f = prompts(k), u_f[k]                                       # (N, E), (N, E)
+    u_b, u_f = prompts(clip, k), u_f[k]                                       # (N, E), (N, E)
     loss = prompt_loss(v_b, u_b, u_f, recipe["lambda_t"], recipe["repel"], v_f)
     return {"loss": loss, "sim(v_b, u_b)": pair_mean(cosine(v_b, u_b)),
             "sim(u_f, u_b)": pair_mean(cosine(u_f, u_b)),
@@ -268,9 +269,9 @@ def refinement(args, recipe, split, device, clip, u_f):
     generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
     generator.train_through_clip()
     u_b = load_prompts(args.out / "prompts.pt", split, clip)            # (K, E), frozen
-    journal = train(generator.to(device), refine_step, split, recipe, args, device,
+    journal = train(generator.to(device), refine_step, Crops(split, recipe), recipe, args, device,
                     clip=clip, u_f=u_f, u_b=u_b.to(device))
-    save_generator(journal, generator, split.classes)                           # refine.pt
+    journal.finish(**generator_state(generator, split.classes))         # refine.pt
 
 
 def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
@@ -284,20 +285,19 @@ def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
 
 # ---- The loop ------------------------------------------------------------------------------------
 
-def train(model, step_loss, split, recipe, args, device, **frozen):
+def train(model, step_loss, photos, recipe, args, device, **frozen):
     """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] by AdamW -> Journal"""
-    backbone, rest = [], []
+    groups = [{"params": [], "lr_scale": recipe.get("backbone_lr", 1)},
+              {"params": [], "lr_scale": 1}]  # backbone, the rest
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (backbone if name.startswith("backbone.") else rest).append(p)
-    optimizer = torch.optim.AdamW([{"params": backbone, "lr_scale": recipe.get("backbone_lr", 1)},
-                                   {"params": rest, "lr_scale": 1}],
-                                  weight_decay=recipe["weight_decay"], fused=device.type == "cuda")
-    mixed = autocast(device, args.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
-    journal = Journal(args.out / recipe["phase"], recipe, model, optimizer, scaler, args.resume,
-                      again(recipe["phase"]), replaced(args, recipe["phase"], split))
-    photos = Crops(split, recipe)
+            groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe["weight_decay"])
+    autocast, scaler = mixed_precision(device, args.precision)
+    phase = recipe["phase"]
+    journal = Journal(args.out / phase, recipe, model, optimizer, scaler, args.resume,
+                      again(phase), replaced(args, phase, photos.split))
+    snapshots = journal.spread(args.snapshots if phase != "prompts" else 0)
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
     ddp_model.train()
@@ -305,20 +305,23 @@ def train(model, step_loss, split, recipe, args, device, **frozen):
         torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of drop path
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * cosine_rate(step - 1, recipe)
-        with mixed:
-            values, n = step_loss(ddp_model, image.to(device, non_blocking=True), labels, recipe,
+        with autocast:
+            losses, n = step_loss(ddp_model, image.to(device, non_blocking=True), labels, recipe,
                                   **frozen)
         optimizer.zero_grad()
-        scaler.scale(values["loss"] * share_of_all(n, device)).backward()
+        scaler.scale(losses["loss"] * share_of_all(n, device)).backward()
         scaler.step(optimizer)
         scaler.update()
-        journal.write(step, len(photos), values, n)
+        journal.write(step, len(photos), losses, n)
+        if step in snapshots and RANK == 0:
+            save(args.out / f"{phase}-{step}.pt",
+                 generator_state(model, photos.split.classes) | {"record": recipe})
     return journal
 
 
 def share_of_all(n, device):
-    """n over its mean of all processes. DistributedDataParallel averages gradients over processes;
-    times this, they are those of a mean over all n. It stays on the device: nothing waits for it"""
+    """n over its mean of all processes: scales the loss so that DDP's average of gradients equals
+    the mean over all n. It stays on the device: nothing waits for it."""
     if WORLD == 1:
         return 1
     total = sum_over_processes(torch.full((), float(n), device=device))
@@ -341,7 +344,8 @@ class Crops(Dataset):
     """Item (epoch, i): a view (3, crop, crop), ImageNet-normalised, and labels (K,)."""
 
     def __init__(self, split, recipe):
-        self.split, self.seed, augment = split, recipe["seed"], recipe.get("augment")
+        self.split, self.seed = split, recipe["seed"]
+        augment = recipe.get("augment")  # prompts: crops and mirror images alone
         grey = [round(255 * value) for value in IMAGENET_MEAN]
         rand_augment = v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, grey)
         self.view = v2.Compose([
@@ -374,13 +378,14 @@ def export(args, recipe, split, device):
         claim(args.cams, [f"{name}.npy" for name in split.names], recipe, args.resume,
               split.folders)
     wait_for_all()
-    for name in shard(split.names, "export"):
-        if not (args.cams / f"{name}.npy").is_file():
-            present = torch.from_numpy(split.present(name)).to(device)
-            maps = photo_cams(generator, split.image(name), present, recipe["scales"])
-            maps = region_masks(maps, maps.shape[1:], eps=1e-12)[:, 0]
-            with writing(args.cams / f"{name}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, maps.cpu().numpy().astype(np.float16))
+    left = [name for name in split.names if not (args.cams / f"{name}.npy").is_file()]
+    wait_for_all()
+    for name, photo in load_photos(split, left, "export", device):
+        present = torch.from_numpy(split.present(name)).to(device)
+        maps = photo_cams(generator, photo, present, recipe["scales"])           # (n, h, w)
+        maps = region_masks(maps, maps.shape[1:], eps=1e-12)[:, 0]
+        with writing(args.cams / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, maps.cpu().numpy().astype(np.float16))
 
 
 # ---- Checkpoints, and the records of what they were made of --------------------------------------
@@ -467,6 +472,8 @@ def parse_args(argv=None):
         "exactly where a killed run stopped; without it all is made anew")
     add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
         "a checkpoint file")
+    add("--snapshots", type=int, default=0, metavar="N", help="also write OUT/PHASE-STEP.pt N times "
+        "on the way, for the published protocol, which chooses among them with masks")
     add("--generator", choices=["vit", "resnet"], default="vit", help="S; chosen in classify")
     add("--vit", default="deit_small", metavar="NAME", help="classify: an ImageNet-pretrained "
         "DeiT by name, downloaded once, or a checkpoint file")
@@ -485,35 +492,8 @@ def parse_args(argv=None):
 def recipe_of(name, phase, changes):
     """The recipe of a phase {key: value}, with those changes that it has a key for"""
     column = RECIPES.index(name)
-    recipe = {key: row[column] for (phases, key), row in TABLE.items()
-              if phase in phases.split() or phases == "training" and phase != "export"}
+    recipe = {key: row[column] for (phases, key), row in TABLE.items() if phase in phases.split()}
     return recipe | {key: value for key, value in changes.items() if key in recipe}
-
-
-def parse_changes(args, phases):
-    """--set, --steps, --batch -> {key: value}, of the kind that the recipes have"""
-    recipe = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
-    short = [f"{key}={value}" for key, value in (("steps", args.steps), ("batch", args.batch))
-             if value is not None and key in recipe]  # the export has neither
-    changes = {}
-    for word in [*short, *args.set]:
-        key, _, text = word.partition("=")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text  # a word, as in pool=mean
-        if key not in recipe:
-            keys = ", ".join(sorted(recipe))
-            raise InputError(f"--set {word}: expected KEY=VALUE, KEY one of {keys}")
-        good = (value in WORDS[key] if key in WORDS else
-                isinstance(value, int) and value > 0 if key in COUNTS else
-                isinstance(value, tuple if isinstance(recipe[key], tuple) else (int, float))
-                or value is recipe[key])
-        if not good:
-            expected = WORDS.get(key, f"a value like {recipe[key]}")
-            raise InputError(f"--set {word}: expected {expected}")
-        changes[key] = value
-    return changes
 
 
 def main(args):
@@ -523,10 +503,13 @@ def main(args):
         raise InputError("--checkpoint: of --phase export alone; other phases make their own")
     args.checkpoint = args.checkpoint or args.out / "refine.pt"
     args.cams = args.cams or args.out / "cams"
-    changes, texts = parse_changes(args, phases), {}
+    keys = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
+    short = {"steps": args.steps, "batch": args.batch}
+    short = [f"{key}={value}" for key, value in short.items() if value is not None and key in keys]
+    changes, texts = read_changes([*short, *args.set], keys, CHOICES), {}
     if set(phases) & {"match", "prompts", "refine"}:
         clip = load_clip(args.clip, device)
-        texts = {"clip": clip, "u_f": class_texts(clip, split.words)}    # (K, E)
+        texts = {"clip": clip, "u_f": class_texts(clip, split.words)}            # (K, E)
     if RANK == 0:
         counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
         print(f"{args.split}: {len(split.names)} images, which show "
@@ -539,6 +522,8 @@ def main(args):
         if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume,
                                          again(phase)):
             PHASES[phase](args, recipe, split, device, **given)
+        elif args.snapshots:
+            print(f"{phase}.pt is finished: no snapshots of it are made")
     end_processes()
 
 

@@ -34,9 +34,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, autocast, check_loading,
-    digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_seed,
-    read_checkpoint, read_labels, run, start_processes, sum_over_processes)
+    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_loading, digest,
+    end_processes, folder_digest, kept, load_batches, load_weights, mixed_precision, mixed_seed,
+    read_changes, read_checkpoint, read_labels, run, start_processes, sum_over_processes)
 from mask_generator import Block, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
@@ -47,13 +47,13 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "batch":        (4,           4,           8),
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
-    "backbone_lr":  (0.1,         0.1,         1),            # times lr
-    "last_lr":      (1e-5,        1e-5,        0),            # of the decoder, at the end
-    "weight_decay": (0,           0,           1e-4),
-    "clip_start":   (1.2,         1.2,         0),            # [eq. S2]; 0: no clipping
+    "backbone_lr":  (0.1,         0.1,         1.0),           # times lr
+    "last_lr":      (1e-5,        1e-5,        0.0),           # of the decoder, at the end
+    "weight_decay": (0.0,         0.0,         1e-4),
+    "clip_start":   (1.2,         1.2,         0.0),           # [eq. S2]; 0: no clipping
     "clip_patch":   (120,         120,         64),
-    "drop_path":    (0.1,         0.1,         0),            # in the backbone
-    "dropout":      (0.1,         0.1,         0),            # in the decoder
+    "drop_path":    (0.1,         0.1,         0.0),           # in the backbone
+    "dropout":      (0.1,         0.1,         0.0),           # in the decoder
     "side":         (520,         520,         64),           # short side in pixels at scale 1
     "scale":        ((0.5, 2),    (0.5, 2),    (0.75, 1.5)),  # random, before the crop
     "crop":         (480,         480,         64),
@@ -109,26 +109,26 @@ def clip_high_losses(losses, start, patch):
 
 
 def segmentation_step(model, image, labels, recipe):
-    """image (B, 3, H, W), labels (B, H, W) on the CPU -> {"loss": mean L_i}, n pixels"""
-    scores, labels = model(image), labels.to(image.device, non_blocking=True)    # (B, K + 1, H, W)
-    losses = F.cross_entropy(scores, labels, ignore_index=255, reduction="none")    # (B, H, W)
+    """image (B, 3, H, W), labels uint8 (B, H, W) -> {"loss": mean L_i}, n pixels"""
+    losses = F.cross_entropy(model(image), labels.long(), ignore_index=255,
+                             reduction="none")                                   # (B, H, W)
     if recipe["clip_start"]:
         losses = clip_high_losses(losses, recipe["clip_start"], recipe["clip_patch"])
     return {"loss": losses.mean()}, losses.numel()
 
 
-def train(model, photos, recipe, args, device):
-    """Minimise the segmentation loss -> Journal; see common.py for mixed precision and logging."""
-    decoder = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    groups = [{"params": list(model.backbone.parameters()), "lr_scale": recipe["backbone_lr"]},
-              {"params": decoder, "lr_scale": 1}]
+def train(model, step_loss, photos, recipe, args, device):
+    """Minimise the loss -> Journal. See common.py for mixed precision and logging."""
+    groups = [{"params": [], "lr_scale": recipe["backbone_lr"]},
+              {"params": [], "lr_scale": 1}]  # backbone, decoder
+    for name, p in model.named_parameters():
+        groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
     if recipe["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, recipe["lr"], 0.9, nesterov=True,
                                     weight_decay=recipe["weight_decay"])
     else:
         optimizer = torch.optim.AdamW(groups, recipe["lr"], weight_decay=recipe["weight_decay"])
-    mixed = autocast(device, args.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed.fast_dtype == torch.float16)
+    autocast, scaler = mixed_precision(device, args.precision)
     journal = Journal(args.out / "seg", recipe, model, optimizer, scaler, args.resume, AGAIN,
                       [] if args.resume else [args.out / "seg.pt"])
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
@@ -138,14 +138,14 @@ def train(model, photos, recipe, args, device):
         torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of dropout; after loading
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * poly_rate(step - 1, recipe)
-        with mixed:
-            values, n = segmentation_step(ddp_model, image.to(device, non_blocking=True), labels,
-                                          recipe)
+        with autocast:
+            losses, n = step_loss(ddp_model, image.to(device, non_blocking=True),
+                                  labels.to(device, non_blocking=True), recipe)
         optimizer.zero_grad()
-        scaler.scale(values["loss"]).backward()
+        scaler.scale(losses["loss"]).backward()
         scaler.step(optimizer)
         scaler.update()
-        journal.write(step, len(photos), values, n)
+        journal.write(step, len(photos), losses, n)
     return journal
 
 
@@ -156,7 +156,7 @@ def poly_rate(step, recipe):
 
 
 class Labelled(Dataset):
-    """Item (epoch, i): image (3, crop, crop), labels (crop, crop) int64, augmented alike: scale,
+    """Item (epoch, i): image (3, crop, crop), labels uint8 (crop, crop), augmented alike: scale,
     crop, flip, colours, pad. Where a photo is smaller than the crop, mean colour and label 255 are
     added below and at the right."""
 
@@ -191,7 +191,7 @@ class Labelled(Dataset):
             photo, labels = self.augment(tv_tensors.Image(photo), tv_tensors.Mask(labels))
         around = (0, crop - photo.shape[2], 0, crop - photo.shape[1])
         photo, labels = photo.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
-        return F.pad(photo, around), F.pad(labels, around, value=255)[0].long()
+        return F.pad(photo, around), F.pad(labels, around, value=255)[0]
 
 
 def load_backbone(path, recipe):
@@ -226,8 +226,10 @@ def parse_args(argv=None):
     add("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT: name, file")
     add("--out", required=True, type=Path, metavar="DIR", help="where seg.pt and seg.jsonl go")
     add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
-    add("--steps", type=int, metavar="N", help="other than the recipe's")
-    add("--batch", type=int, metavar="N", help="images per step over all processes; the rates stay")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the recipe's")
+    add("--steps", type=int, metavar="N", help="short for --set steps=N")
+    add("--batch", type=int, metavar="N", help="short for --set batch=N: images per step, over all "
+        "processes; the rates stay")
     add("--resume", action="store_true", help="keep a finished seg.pt of the same inputs, or "
         "continue a killed run exactly; without it all is made anew")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
@@ -243,9 +245,8 @@ def main(args):
     split = Split(args.data, args.split)
     recipe = {key: row[RECIPES.index(args.recipe)] for key, row in TABLE.items()}
     short = {"steps": args.steps, "batch": args.batch}
-    recipe |= {key: value for key, value in short.items() if value is not None}
-    if min(recipe["steps"], recipe["batch"]) < 1:
-        raise InputError("--steps, --batch: expected whole numbers above 0")
+    short = [f"{key}={value}" for key, value in short.items() if value is not None]
+    recipe |= read_changes([*short, *args.set], recipe, {"optimizer": ("sgd", "adamw")})
     check_loading(recipe["batch"], args.workers)
     if recipe["batch"] % WORLD:
         raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {WORLD} "
@@ -259,7 +260,7 @@ def main(args):
         vit = load_backbone(args.vit, recipe)
         model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
         photos = Labelled(split, args.labels, recipe)
-        journal = train(model, photos, recipe, args, device)
+        journal = train(model, segmentation_step, photos, recipe, args, device)
         journal.finish(segmenter=model.state_dict(), vit=vit.sizes, recipe=args.recipe,
                        classes=split.classes)
     end_processes()

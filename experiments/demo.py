@@ -1,4 +1,4 @@
-"""The whole method on the toy world, through the command lines of the six scripts: make demo.
+"""The whole method through the command lines of the six scripts: make demo, make voc.
 
 Every step gets --resume, and a score is kept if it is of the same record, so an interrupted demo
 continues where it stopped.
@@ -7,6 +7,8 @@ each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
 
   python experiments/demo.py --out runs/toy                        # about ten minutes
   python experiments/demo.py --out runs/cnn --generator resnet
+  python experiments/demo.py --out runs/voc --voc data/VOCdevkit/VOC2012    # VOC 2012, on a GPU
+  python experiments/demo.py --out runs/voc --voc ... --official checkpoint_best_mIoU.pth
 """
 import argparse
 import importlib
@@ -27,6 +29,14 @@ from common import InputError, digest, run, writing  # noqa: E402
 TABLE = {"classify": "classification CAM", "match": "matching CAM", "refine": "refined CAM",
          "masks_plain": "pseudo mask, no CRF", "masks": "pseudo mask, CRF", "seg": "segmentation",
          "full": "fully supervised segmentation"}
+VOC = {  # row of the table: list, what is scored and how, what was published for it
+    "classify": ("train", "classification CAM", "WeakTr 67.1"),
+    "match": ("train", "matching CAM", ""),
+    "refine": ("train", "refined CAM", "SemPLeS 68.7"),
+    "masks_plain": ("train", "pseudo mask, no CRF", ""),
+    "masks": ("train", "pseudo mask, CRF", "WeakTr 69.4, to our reading"),
+    "seg_train": ("train", "segmentation, shown classes only, no CRF", "WeakTr 76.5"),
+    "seg": ("val", "segmentation, CRF", "WeakTr 74.0")}
 TITLES = {"classify": "Classification: learns which classes a photo shows; looks at backgrounds",
           "match": "Matching: the kept region must match the class text [eq. 1]",
           "prompts": "Prompt learning: a prompt per class learns the background [eq. 2]",
@@ -60,21 +70,82 @@ def parse_args(argv=None):
     add("--out", default="runs/toy", help="folder for everything")
     add("--seed", type=int, default=0, help="of the data and of every training")
     add("--generator", choices=["vit", "resnet"], default="vit",
-        help="of the CAMs; the segmentation model is a ViT")
-    add("--world", default="", help="further flags for prepare/toy.py, in quotes")
+        help="of the CAMs; the segmentation is a ViT")
+    add("--world", default="", help="more flags for prepare/toy.py, in quotes")
     add("--only", choices=["full"], help="just that row; the demo starts it itself")
+    add("--voc", metavar="PATH", help="not the toy world but this VOC2012, with the voc recipe; the "
+        "next flags belong to it")
+    add("--official", metavar="FILE", help="WeakTr's CAM checkpoint, in place of classification")
+    add("--clip", default="ViT-B/32", help="as for train_cam.py")
+    add("--vit", default="deit_small", help="as for train_cam.py")
+    add("--steps", type=int, help="of every training (None: the recipe's)")
+    add("--batch", type=int, help="of every training (None: the recipe's)")
     return parser.parse_args(argv)
+
+
+def voc(args):
+    """All stages on VOC 2012, and their scores beside the published ones"""
+    out, data = shlex.quote(args.out), f"--data {shlex.quote(args.out)}/data"
+    step("Lists and masks", "prepare/voc.py", f"--voc {shlex.quote(args.voc)} --out {out}/data")
+    full = Path(args.out, "data/train_aug.csv").is_file()
+    split = f"--split {'train_aug' if full else 'train_xml'}"
+    common = f"{data} --recipe voc --seed {args.seed} --resume"
+    weights = f"--clip {shlex.quote(args.clip)} --out {out}/cam"
+    vit = f"--vit {shlex.quote(args.vit)}" + "".join(
+        f" --{key} {value}" for key in ("steps", "batch") if (value := getattr(args, key)))
+    for phase, title in TITLES.items():
+        if phase == "classify" and args.official:
+            step("WeakTr's generator", "prepare/official.py", data, split, "--cam",
+                 shlex.quote(args.official), f"--out {out}/cam")
+        else:
+            step(title, "train_cam.py", common, split, weights, f"--phase {phase}", vit)
+    for phase in ("classify", "match", "refine"):
+        step(f"CAMs of {phase}.pt", "train_cam.py", common, weights, "--phase export --checkpoint",
+             f"{out}/cam/{phase}.pt --cams {out}/cams_{phase}",
+             split if phase == "refine" else "--split train")
+    for name, crf in (("masks_plain", "none"), ("masks", "voc")):
+        step(f"Pseudo masks, CRF {crf}", "make_pseudo.py", data, split, "--resume --cams",
+             f"{out}/cams_refine --out {out}/{name} --crf {crf}")
+    step("A segmentation model learns from the pseudo masks", "train_seg.py", common, split, vit,
+         f"--labels {out}/masks --out {out}/seg")
+    for name, (split, title, _) in VOC.items():
+        made, flags = f"{name}/made_of.json", f"--pred {out}/{name}"
+        if name in TITLES:
+            made, flags = f"cams_{made}", f"--cams {out}/cams_{name} --oracle-sweep"
+        elif "seg" in name:
+            made, flags = "seg/seg.pt", f"--checkpoint {out}/seg/seg.pt" + (
+                " --present-only --crf none" if name == "seg_train" else "")
+        score(f"mIoU: {title}", f"{args.out}/{made}", f"{args.out}/{name}.json", data,
+              f"--split {split}", flags)
+    step("Pictures", "experiments/companion.py", f"--run {out} {data} --split train --clip",
+         shlex.quote(args.clip))
+
+
+def table(folder, rows):
+    """Print the rows {name: (list, title, published)} with the scores in folder/NAME.json"""
+    print(f"\n{'stage':<42}{'split':<7}{'mIoU':>5}   best score (found with masks)   published")
+    for name, (split, title, published) in rows.items():
+        row = json.loads((folder / f"{name}.json").read_text())
+        best = row.get("oracle") and f"{row['oracle']['miou']:.1f} at " \
+                                     f"{row['oracle']['background_score']}"
+        print(f"{title:<42}{split:<7}{row['miou']:5.1f}   {best or '':<32}{published}".rstrip())
+    print("\nCAMs are cut at the background score 0.43; nouns nearest to each learned prompt:")
+    print((folder / "cam/prompts.txt").read_text())
 
 
 def main(args):
     began, folder = time.time(), Path(args.out)
-    wanted = {"seed": args.seed, "world": args.world, "generator": args.generator}
+    wanted = {key: value for key, value in vars(args).items() if key not in ("out", "only")}
     begun = folder / "demo.json"
     if begun.is_file() and json.loads(begun.read_text()) != wanted:
         raise InputError(f"{begun}: a demo with {begun.read_text()}, now {wanted}; expected the "
                          "same, to go on; pass another --out")
     with writing(begun) as temporary:
         temporary.write_text(json.dumps(wanted))
+    if args.voc:
+        voc(args)
+        table(folder, VOC)
+        return print(f"pictures: {args.out}/index.html, {args.out}/strip.png")
     out = shlex.quote(args.out)  # part of command lines from here on
     data, cam, vit = f"--data {out}/data", f"{out}/cam", f"--vit {out}/vit.pth"
     common = f"{data} --recipe toy --seed {args.seed} --workers 0 --resume"
@@ -120,13 +191,8 @@ def main(args):
     with writing(folder / "table.json") as temporary:
         temporary.write_text(json.dumps({name: row["miou"] for name, row in scores.items()}) + "\n")
     step("Pictures: every equation at work", "experiments/companion.py", f"--run {out}")
-    print(f"\n{'stage':<32}{'split':<8}{'mIoU':>6}   at its best score (found with masks)")
-    for name, title in TABLE.items():
-        row, best = scores[name], scores[name].get("oracle")
-        print(f"{title:<32}{row['list']:<8}{row['miou']:6.1f}"
-              + (f"   {best['miou']:.1f} at {best['background_score']}" if best else ""))
-    print("\nnouns nearest to each class's learned prompt")
-    print((folder / "cam/prompts.txt").read_text())
+    lists = {name: "val" if name in ("seg", "full") else "train" for name in TABLE}
+    table(folder, {name: (lists[name], title, "") for name, title in TABLE.items()})
     print(f"pictures: {args.out}/index.html, {args.out}/strip.png   "
           f"{(time.time() - began) / 60:.1f} minutes")
 

@@ -71,14 +71,20 @@ class Constants(TorchFunctionMode):
 
 class Context(nullcontext):
     """For autocast, which wants a real device, and for threads, which would leave the modes"""
-    fast_dtype, map = None, staticmethod(map)
+    map = staticmethod(map)
+
+
+class NoScaler:
+    """GradScaler(enabled=False), which a device of this type has not"""
+    scale, step, state_dict = staticmethod(lambda x: x), staticmethod(lambda o: o.step()), dict
+    update = staticmethod(lambda: None)
 
 
 def test_all_stages_keep_tensors_on_their_device(toy, tmp_path, monkeypatch):
     for module in (train_cam, make_pseudo, train_seg, eval):
         monkeypatch.setattr(module, "start_processes", lambda _: ELSEWHERE)
-        if hasattr(module, "autocast"):
-            monkeypatch.setattr(module, "autocast", lambda *_: Context())
+        if hasattr(module, "mixed_precision"):
+            monkeypatch.setattr(module, "mixed_precision", lambda *_: (Context(), NoScaler))
     monkeypatch.setattr(eval, "ThreadPoolExecutor", lambda _: Context(Context()))
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, path: save(tree_map(here, state), path))
