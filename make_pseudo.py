@@ -48,9 +48,10 @@ from common import (
 # d features of a pixel (2: x y, or 5: x y r g b)
 
 PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weight)
-    "voc": dict(unary="hard", gaussian=(4, 3), bilateral=(83, 5, 3)),  # WeakTr and SemPLeS, VOC
-    "irn": dict(unary="hard", gaussian=(3, 3), bilateral=(50, 5, 10)),  # IRNet, and COCO
-    "prob": dict(unary="prob", gaussian=(1, 3), bilateral=(67, 3, 4)),  # CLIP-ES; COCO, test
+    # of CLIP-ES the kernels alone: its unary is another (1 - max CAM)
+    "voc": dict(unary="hard", gaussian=(4, 3), bilateral=(83, 5, 3)),  # WeakTr's, VOC
+    "irn": dict(unary="hard", gaussian=(3, 3), bilateral=(50, 5, 10)),  # IRNet's, and COCO
+    "prob": dict(unary="prob", gaussian=(1, 3), bilateral=(67, 3, 4)),  # CLIP-ES's; COCO, test
     "voc-test": dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3)),  # WeakTr, VOC, test
     "none": None,
 }
@@ -361,8 +362,8 @@ def parse_args(argv=None):
         "found there with train masks; on other data a guess")
     add("--segments", metavar="DIR", help="class-agnostic segments, each of which takes one "
         "label: NAME.png, of prepare/foreign.py --segments")
-    add("--crf", choices=list(PRESETS), default="voc", help="dense CRF: voc (WeakTr, SemPLeS), "
-        "irn (IRNet, COCO), prob (CLIP-ES), voc-test (segmentations), or none")
+    add("--crf", choices=list(PRESETS), default="voc", help="dense CRF: voc (WeakTr), irn (IRNet, "
+        "COCO), prob (CLIP-ES's kernels), voc-test (segmentations), or none")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args(argv)
 

@@ -121,8 +121,9 @@ def match_loss(v_f, v_b, u_f, lambda_b):
 
 def prompt_loss(v_b, u_b, u_f, lambda_t, repel="text", v_f=None):
     """L_prompt = L_I + lambda_T L_T,  L_I = mean -log c(sim(v^b, u^b))                  [eq. 2]
-    The prompt matches the dropped region, and not the class. Three published forms of L_T:
-      text      mean -log(1 - c(sim(u^f, u^b)))   away from the class text (the paper's figure)
+    The prompt matches the dropped region, and not the class. For L_T the paper's figure says
+    "repel", without a formula. Three forms:
+      text      mean -log(1 - c(sim(u^f, u^b)))   away from the class text (our inference)
       text-log  mean  log c(sim(u^f, u^b))        the same without a bound (the official code)
       image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a summary)"""
     L_I = pair_mean(-c(cosine(v_b, u_b)).log())

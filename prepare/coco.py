@@ -4,10 +4,11 @@
   python prepare/coco.py --coco data/coco --out ROOT  # writes elsewhere; photos are never copied
   python prepare/coco.py --coco data/coco --no-masks  # training needs no masks, eval.py does
 
-The 80 classes stand in the order of their category ids, which run to 90 with gaps. Images without
-an object are left out, as the field does: 82,081 and 40,137 remain. Labels are the classes of an
-image's objects, crowds too. pycocotools draws the masks as the field's are: where objects overlap,
-the first annotation wins; crowds are drawn as their class.
+The 80 classes are in the order of their category ids, which run to 90 with gaps. Images without an
+object are left out, as the field does: 82,081 and 40,137 remain. Labels are the classes of an
+image's objects, crowds too. pycocotools draws the masks, as SemPLeS's script does: where objects
+overlap, the first annotation wins; crowds are drawn as their class. Other projects have other masks
+(docs/data.md), so scores compare only nearly.
 """
 import argparse
 import csv
