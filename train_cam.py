@@ -473,7 +473,7 @@ def parse_args(argv=None):
         "exactly where a killed run stopped; without it all is made anew")
     add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
         "a checkpoint file")
-    add("--snapshots", type=int, default=0, metavar="N", help="also write OUT/PHASE-STEP.pt N times "
+    add("--snapshots", type=int, default=0, metavar="N", help="OUT/PHASE-STEP.pt too, N times "
         "on the way, for the published protocol, which chooses among them with masks")
     add("--generator", choices=["vit", "resnet"], default="vit", help="S; chosen in classify")
     add("--vit", default="deit_small", metavar="NAME", help="classify: an ImageNet-pretrained "

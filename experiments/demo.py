@@ -72,9 +72,10 @@ def parse_args(argv=None):
     add("--generator", choices=["vit", "resnet"], default="vit",
         help="of the CAMs; the segmentation is a ViT")
     add("--world", default="", help="more flags for prepare/toy.py, in quotes")
-    add("--only", choices=["full"], help="just that row; the demo starts it itself")
-    add("--voc", metavar="PATH", help="not the toy world but this VOC2012, with the voc recipe; the "
-        "next flags belong to it")
+    add("--only", choices=["cams", "full"], help="cams: stop after the CAMs and their scores; full: "
+        "just that row, which the demo starts itself")
+    add("--voc", metavar="PATH", help="not the toy world but this VOC2012, with the voc recipe, "
+        "and the flags below")
     add("--official", metavar="FILE", help="WeakTr's CAM checkpoint, in place of classification")
     add("--clip", default="ViT-B/32", help="as for train_cam.py")
     add("--vit", default="deit_small", help="as for train_cam.py")
@@ -157,8 +158,8 @@ def main(args):
               f"{args.out}/{name}.json", data, f"--checkpoint {out}/{name}/seg.pt",
               f"--save {out}/pred_{name}")
 
-    if args.only:
-        return segment(args.only, f"{out}/data/masks", "The upper bound, with the true masks")
+    if args.only == "full":
+        return segment("full", f"{out}/data/masks", "The upper bound, with the true masks")
     step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a backbone",
          "prepare/toy.py", f"--out {out} --seed {args.seed}", args.world,
          unless=(folder / "vit.pth").is_file())  # the last file that it writes
@@ -171,6 +172,8 @@ def main(args):
              f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/{cams}")
         score("Their mIoU", f"{args.out}/{cams}/made_of.json", f"{args.out}/{phase}.json", data,
               f"--split train --cams {out}/{cams} --oracle-sweep")
+    if args.only == "cams":
+        return
     for name, crf in (("masks_plain", "none"), ("masks", "voc")):
         step(f"Pseudo masks of the refined CAMs, CRF {crf}", "make_pseudo.py", data,
              f"--cams {out}/cams_refine --out {out}/{name} --crf {crf} --resume")
