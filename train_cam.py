@@ -313,10 +313,10 @@ def train(model, step_loss, photos, recipe, args, device, **frozen):
         scaler.scale(losses["loss"] * share_of_all(n, device)).backward()
         scaler.step(optimizer)
         scaler.update()
-        journal.write(step, len(photos), losses, n)
-        if step in snapshots and RANK == 0:
+        if step in snapshots and RANK == 0:  # before the journal, which would not come back to it
             save(args.out / f"{phase}-{step}.pt",
                  generator_state(model, photos.split.classes) | {"record": recipe})
+        journal.write(step, len(photos), losses, n)
     return journal
 
 

@@ -72,8 +72,8 @@ def parse_args(argv=None):
     add("--generator", choices=["vit", "resnet"], default="vit",
         help="of the CAMs; the segmentation is a ViT")
     add("--world", default="", help="more flags for prepare/toy.py, in quotes")
-    add("--only", choices=["cams", "full"], help="cams: stop after the CAMs and their scores; full: "
-        "just that row, which the demo starts itself")
+    add("--only", choices=["cams", "full"], help="cams: stop after the CAMs and their scores; "
+        "full: just that row, which the demo starts itself")
     add("--voc", metavar="PATH", help="not the toy world but this VOC2012, with the voc recipe, "
         "and the flags below")
     add("--official", metavar="FILE", help="WeakTr's CAM checkpoint, in place of classification")

@@ -1,5 +1,6 @@
 """The scripts by their command lines: the whole chain, what they write, processes, mistakes."""
 import json
+import re
 import shutil
 import sys
 
@@ -9,8 +10,10 @@ import torch
 from conftest import (
     PHASES, TINY, call, check_label_png, error_line, files_in, moved, run_script)
 from PIL import Image
+from test_prepare import voc_root
 import train_seg
-from common import Journal, Split
+from common import Journal, Split, read_changes, write_labels
+from mask_generator import MaskGenerator, ViT
 
 OBJECTS = ["boat", "train", "bird", "cow", "car", "bottle"]
 
@@ -204,3 +207,84 @@ def test_a_photo_of_5000_to_1_is_resized_to_what_a_crop_needs(toy, tmp_path, mon
         sizes.append(size), resize(x, size, mode))[1])
     image, labels = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe)[0, 0]
     assert max(map(max, sizes)) <= 2 * 4 * 520 and image.shape[1:] == labels.shape == (480, 480)
+
+
+def test_snapshots(cam, tmp_path, dies_at_2):
+    """Of PHASE.pt's form, of the phases that train S. A resumed run writes those that remain, and
+    they are in no record; the last one is PHASE.pt."""
+    flags = ["--snapshots", 3, "--steps", 3]
+    with pytest.raises(KeyboardInterrupt):
+        cam(tmp_path, *flags)
+    dies_at_2()  # not again
+    saved = cam(tmp_path, *flags, "--resume")
+    names = {f"{phase}-{step}" for phase in ("classify", "match", "refine") for step in (1, 2, 3)}
+    assert saved.keys() == {*PHASES, *names}
+    for phase in ("classify", "match", "refine"):
+        assert saved[f"{phase}-3"].keys() == saved[phase].keys()
+        assert not moved(saved[f"{phase}-3"]["generator"], saved[phase]["generator"])
+        assert moved(saved[f"{phase}-2"]["generator"], saved[phase]["generator"])
+    cam(tmp_path, "--phase", "export", "--checkpoint", tmp_path / "match-2.pt")
+
+
+def test_finished_phases_make_no_snapshots(chain, cam, tmp_path, capsys):
+    out = shutil.copytree(chain / "cam", tmp_path / "cam")
+    cam(out, "--resume", "--snapshots", 2)
+    assert capsys.readouterr().out.count("is finished: no snapshots of it are made") == 4
+    assert not list(out.glob("*-*.pt"))
+
+
+@pytest.mark.parametrize("words, says", [
+    ("lr=fast", "--set lr=fast: expected KEY=VALUE, like one of "), ("speed=1", "batch=8"),
+    ("optimizer=adam", "optimizer=sgd|adamw"), ("crop=1.5", "crop=64"), ("batch=0", "batch=8"),
+    ("scale=2", "scale=(0.75, 1.5)"), ("dropout=True", "")])
+def test_values_of_another_kind(words, says, toy, tmp_path, capsys):
+    flags = ["--data", toy / "data", "--labels", toy / "data/masks", "--vit", toy / "vit.pth",
+             "--out", tmp_path / "seg", *TINY[:2], "--set", words]
+    if says:
+        assert says in error_line(capsys, "train_seg", *flags)
+    recipe = {"lr": 0.1, "length": 30, "augment": True}
+    assert read_changes(["lr=1", "length=4", "augment=False"], recipe, {}) == {
+        "lr": 1.0, "length": 4, "augment": False}
+
+
+# ---- VOC in one command --------------------------------------------------------------------------
+
+def interrupted(args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_voc_in_one_command(toy, tmp_path, capsys):
+    """make voc from WeakTr's checkpoint (a random one), on six toy photos in VOC's layout; killed
+    once. Its scores mean nothing."""
+    from test_official import published_cam
+    from voc import CLASSES
+    split, classes = Split(toy / "data", "train"), [line.split(":")[0] for line in CLASSES]
+    names = [name for name in split.names if split.image(name).size == (64, 64)][:6]
+    root = voc_root(tmp_path / "VOC2012", {
+        name: [split.classes[k] for k in split.present(name)] for name in names},
+        train=names[:4], val=names[4:])
+    number = np.array([0, *(1 + classes.index(name) for name in split.classes)], np.uint8)
+    for name in names:
+        shutil.copy(split.paths[name], root / f"JPEGImages/{name}.jpg")
+        truth = np.array(Image.open(toy / f"data/masks/{name}.png"))
+        write_labels(root / f"SegmentationClass/{name}.png", number[truth])
+    torch.manual_seed(0)
+    vit = ViT(16, 128, 3, (4, 4))
+    theirs = published_cam(MaskGenerator(vit, 20, reduction=2))
+    torch.save({"model": theirs, "miou": np.float64(0.1)}, tmp_path / "theirs.pth")
+    torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
+    flags = ["--voc", root, "--out", tmp_path / "run", "--official", tmp_path / "theirs.pth",
+             "--clip", toy / "clip.pt", "--vit", tmp_path / "vit.pth", "--steps", 2, "--batch", 2]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("make_pseudo.main", interrupted)
+        call("demo", *flags)
+    call("demo", *flags)
+    done = files_in(tmp_path / "run")
+    table = capsys.readouterr().out
+    assert len(re.findall(r"(?:WeakTr|SemPLeS) \d\d\.\d", table)) == 5 and "refined CAM" in table
+    assert {"index.html", "strip.png", "seg/seg.pt", "seg_train.json"} <= done.keys()
+    call("demo", *flags)
+    again = files_in(tmp_path / "run")
+    assert {n: d for n, d in done.items() if n.endswith((".pt", ".npy", ".json"))}.items() <= \
+        again.items()
