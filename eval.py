@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, InputError, Split, check_classes, claim, digest,
-    end_processes, label_picture, load_photos, read_labels, run, shard, start_processes,
+    IMAGENET_MEAN, IMAGENET_STD, QUIET, RANK, WORLD, InputError, Split, check_classes, claim,
+    digest, end_processes, label_picture, load_photos, read_labels, run, start_processes,
     sum_over_processes, wait_for_all, write_labels, writing)
 from make_pseudo import (
     BACKGROUND_SCORE, PRESETS, check_score, dense_crf, read_cams, score_labels)
@@ -299,7 +300,7 @@ def main(args):
         counts = sum(map(work, photos), counts)
     else:
         with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
-            names = shard(split.names, f"eval {split.split}")
+            names = tqdm(split.names[RANK::WORLD], f"eval {split.split}", disable=QUIET)
             counts = sum(pool.map(lambda name: work(split.photo(name)), names), counts)
     counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
     counts = sum_over_processes(counts).cpu().numpy()

@@ -298,7 +298,8 @@ def train(model, step_loss, photos, recipe, args, device, **frozen):
     phase = recipe["phase"]
     journal = Journal(args.out / phase, recipe, model, optimizer, scaler, args.resume,
                       again(phase), replaced(args, phase, photos.split))
-    snapshots = journal.spread(args.snapshots if phase != "prompts" else 0)
+    N, steps, every = args.snapshots * (phase != "prompts"), recipe["steps"], journal.every
+    snapshots = {min(steps, every * round(steps * i / N / every)) for i in range(1, N + 1)}
     batches = load_batches(photos, recipe, journal.step, device, args.workers)
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
     ddp_model.train()

@@ -38,7 +38,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from coco import MISSING_IDS  # noqa: E402
 from common import (  # noqa: E402
-    InputError, Split, claim, folder_digest, shard, run, writing)
+    InputError, Split, claim, folder_digest, run, writing)
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def main(args):
     claim(out, [name + ending for name in split.names], record, args.resume,
           [*split.folders, source])
     left = [name for name in names if not (out / (name + ending)).is_file()]
-    for name in shard(left, "converted"):
+    for name in tqdm(left, "converted", disable=None):
         if args.cams:
             maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in present[name]])
         else:
