@@ -139,6 +139,9 @@ def folder_digest(folder, files, remedy):
 # What a file was made of is its record, a dict of plain values: hyper-parameters, and digests of
 # the inputs. A checkpoint holds it as "record", a folder of PNG or .npy files in made_of.json.
 
+AGAIN = "the same command without --resume makes all anew"
+
+
 def check_record(path, before, now, again):
     """--resume keeps what was made of the same inputs; else raises InputError."""
     for key in before | now:
@@ -147,9 +150,9 @@ def check_record(path, before, now, again):
                              "pass another --out")
 
 
-def kept(path, record, resume, again):
-    """The checkpoint at path if --resume keeps it, else None. Raises InputError if it has another
-    record, or none: then it is not ours to replace."""
+def kept(path, record, resume, again=AGAIN):
+    """The checkpoint at path if --resume keeps it, else None. One without a record is not ours to
+    replace: InputError."""
     if path.is_file():
         state = read_checkpoint(path, "record", "pass another --out")
         if resume:
@@ -158,20 +161,18 @@ def kept(path, record, resume, again):
 
 
 def claim(folder, files, record, resume=False, reads=()):
-    """Make a folder ready for these output files: it is ours if it holds made_of.json; then old
-    files of these names go, or, with --resume, stay if they have the same record. Raises InputError
-    before anything changes if others of that kind are there, or the run reads from the folder."""
+    """Make a folder ready for these output files. It is ours if it holds made_of.json: old ones then
+    go, or stay with --resume and the same record. InputError comes before anything changes."""
     note = Path(folder, "made_of.json")
     for place, ending in {(Path(folder, file).parent, Path(file).suffix) for file in files}:
         if place.exists() and any(os.path.exists(x) and place.samefile(x) for x in reads):
             raise InputError(f"{place}: this run reads from there; pass another folder to write to")
         others = [path for path in place.glob("[!.]*") if path.suffix.lower() == ending]
         if others and not note.is_file():
-            raise InputError(f"{others[0]}: no run of ours made it, as made_of.json is not there; "
-                             "expected a new folder, or one of ours; pass another one")
+            raise InputError(f"{others[0]}: no run of ours made it (no made_of.json there); pass "
+                             "another folder")
     if resume and note.is_file():
-        return check_record(note, json.loads(note.read_text()), record,
-                            "the same command without --resume makes all anew")
+        return check_record(note, json.loads(note.read_text()), record, AGAIN)
     for file in files:
         Path(folder, file).unlink(missing_ok=True)
     with writing(note) as temporary:

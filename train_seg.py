@@ -34,8 +34,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_loading, digest,
-    end_processes, folder_digest, kept, load_batches, load_weights, mixed_precision, mixed_seed,
+    AGAIN, IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_loading,
+    digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_precision, mixed_seed,
     read_changes, read_checkpoint, read_labels, run, start_processes, sum_over_processes)
 from mask_generator import Block, ViT, load_vit, weight_file
 
@@ -59,7 +59,6 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "crop":         (480,         480,         64),
 }
 RECIPES = ("voc", "coco", "toy")
-AGAIN = "the same command without --resume makes all anew"
 
 
 class Segmenter(nn.Module):
@@ -255,7 +254,7 @@ def main(args):
                "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names],
                                        "make_pseudo.py writes them"),
                "weights": digest(weight_file(args.vit))}
-    if not kept(args.out / "seg.pt", recipe, args.resume, AGAIN):
+    if not kept(args.out / "seg.pt", recipe, args.resume):
         torch.manual_seed(args.seed)
         vit = load_backbone(args.vit, recipe)
         model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)

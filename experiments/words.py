@@ -44,7 +44,7 @@ def main(args):
     u_b = torch.stack([F.normalize(class_texts(clip, words[name]), dim=1).mean(dim=0)
                        for name in split.classes])                               # (K, E)
     record = {"words by hand": words, "clip": clip.sha256}
-    kept(args.out / "prompts.pt", record, False, "")  # refuses a file that is not ours
+    kept(args.out / "prompts.pt", record, False)  # refuses a file that is not ours
     write_words(args.out, u_b, split, clip)
     save(args.out / "prompts.pt", {"u_b": u_b.cpu(), "classes": split.classes, "record": record})
 

@@ -117,7 +117,7 @@ def main(args):
     record = {"official": digest(Path(path))}
     record |= {"pool": args.pool} if args.cam else {"side": 520}  # of a photo at scale 1, in pixels
     own = {"generator": ours, "options": model.options} if args.cam else {"segmenter": ours}
-    kept(checkpoint, record, False, "")  # refuses to replace a file that is not ours
+    kept(checkpoint, record, False)  # refuses to replace a file that is not ours
     save(checkpoint, {**own, "vit": model.backbone.sizes, "classes": split.classes,
                       "recipe": args.recipe, "record": record})
     flags = f"--data {args.data} --split {args.split} --recipe {args.recipe} --out {args.out}"

@@ -58,7 +58,8 @@ def test_labels_survive_a_file(tmp_path):
     write_labels(tmp_path / "a.png", labels)
     check_label_png(tmp_path / "a.png", (3, 2), {0, 1, 2, 6, 255})
     assert np.array_equal(read_labels(tmp_path / "a.png", (2, 3), 7), labels)
-    for size, num_labels, says in (((3, 2), 7, "its photo"), ((2, 3), 6, "label 6: .* with 0 to 5 or 255")):
+    for size, num_labels, says in (((3, 2), 7, "its photo"),
+                                   ((2, 3), 6, "label 6: .* with 0 to 5 or 255")):
         with pytest.raises(InputError, match=says):
             read_labels(tmp_path / "a.png", size, num_labels)
     write_labels(tmp_path / "all.png", labels * 0 + 255)  # nothing is labelled

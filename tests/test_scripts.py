@@ -11,6 +11,7 @@ from conftest import (
     PHASES, TINY, call, check_label_png, error_line, files_in, moved, run_script)
 from PIL import Image
 from test_prepare import voc_root
+import eval
 import train_seg
 from common import Journal, Split, read_changes, write_labels
 from mask_generator import MaskGenerator, ViT
@@ -254,7 +255,7 @@ def interrupted(args):
 
 
 @pytest.mark.slow
-def test_voc_in_one_command(toy, tmp_path, capsys):
+def test_voc_in_one_command(toy, tmp_path, capsys, monkeypatch):
     """make voc from WeakTr's checkpoint (a random one), on six toy photos in VOC's layout; killed
     once. Its scores mean nothing."""
     from test_official import published_cam
@@ -269,6 +270,7 @@ def test_voc_in_one_command(toy, tmp_path, capsys):
         shutil.copy(split.paths[name], root / f"JPEGImages/{name}.jpg")
         truth = np.array(Image.open(toy / f"data/masks/{name}.png"))
         write_labels(root / f"SegmentationClass/{name}.png", number[truth])
+    monkeypatch.setitem(eval.TEST["voc"], "scales", (0.5,))  # time
     torch.manual_seed(0)
     vit = ViT(16, 128, 3, (4, 4))
     theirs = published_cam(MaskGenerator(vit, 20, reduction=2))
