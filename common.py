@@ -161,8 +161,8 @@ def kept(path, record, resume, again=AGAIN):
 
 
 def claim(folder, files, record, resume=False, reads=()):
-    """Make a folder ready for these output files. It is ours if it holds made_of.json: old ones then
-    go, or stay with --resume and the same record. InputError comes before anything changes."""
+    """Make a folder ready for these output files. It is ours if it holds made_of.json: old ones
+    then go, or stay with --resume and the same record. InputError before anything changes."""
     note = Path(folder, "made_of.json")
     for place, ending in {(Path(folder, file).parent, Path(file).suffix) for file in files}:
         if place.exists() and any(os.path.exists(x) and place.samefile(x) for x in reads):

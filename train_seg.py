@@ -35,8 +35,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import (
     AGAIN, IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_loading,
-    digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_precision, mixed_seed,
-    read_changes, read_checkpoint, read_labels, run, start_processes, sum_over_processes)
+    digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_precision,
+    mixed_seed, read_changes, read_checkpoint, read_labels, run, start_processes,
+    sum_over_processes)
 from mask_generator import Block, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
