@@ -50,15 +50,14 @@ def open_run(args):
     places = [(phase, folder / f"cams_{phase}") for phase in found] + [("refine", cam / "cams")]
     cams = {phase: path for phase, path in places if (path / "made_of.json").is_file()}
     true = [name for name in split.names if (split.root / f"masks/{name}.png").is_file()]
-    chosen = []
-    for k in range(len(split.classes)):  # of each class the first photo with the fewest others
-        shown = [name for name in split.names if split.labels[name][k]]
-        if shown:
-            chosen.append((min(shown, key=lambda name: split.labels[name].sum()), k))
+    photos = [[name for name in split.names if split.labels[name][k]]
+              for k in range(len(split.classes))]
     seg = next((path for path in (folder / "seg/seg.pt", folder / "seg.pt") if path.is_file()), "")
     there = {"demo": (folder / "table.json").is_file(), "true masks": true, "seg": seg,
              "pseudo masks": (folder / "masks").is_dir(), "log": (cam / "prompts.jsonl").is_file(),
              "vit": generators[found[0]].kind == "vit"}
+    chosen = [(min(shown, key=lambda name: split.labels[name].sum()), k)
+              for k, shown in enumerate(photos) if shown]
     return Namespace(
         folder=folder, cam=cam, seg=seg, split=split, clip=clip, texts=texts, words=words,
         generators=generators, cams=cams, true=true, chosen=chosen[:6],
@@ -87,12 +86,6 @@ def forward(r, phase, name):
     return generator(scaled_input(r.split.image(name), 1, generator.backbone.patch, 2500))
 
 
-def mask_of(r, phase, name, k):
-    """M (1, 1, R, R) that a generator makes of a photo for class k, as in the losses"""
-    cam, _ = forward(r, phase, name)
-    return region_masks(cam[:, k], (r.clip.resolution,) * 2, r.recipe["eps"])
-
-
 def cams_of(r, name, *phases):
     """The CAMs of each phase, of the export where there is one: a list of (n, H, W), of the photo's
     size"""
@@ -118,10 +111,6 @@ def truth(r, name, k, size=None):
     """Where a true mask has class k: bool (H, W)"""
     labels = Image.fromarray(labels_of(r, name))
     return np.array(labels.resize(size or labels.size, Image.NEAREST)) == 1 + k
-
-
-def log_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from a_run import (  # noqa: E402
-    PHASES, SHARES, cams_of, forward, growing_masks, labels_of, log_of, mask_of, open_run, parts_of,
-    truth, view, with_one_class)
+    PHASES, SHARES, cams_of, forward, growing_masks, labels_of, open_run, parts_of, truth, view,
+    with_one_class)
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
 from common import InputError, claim, label_picture, run, writing  # noqa: E402
 from demo import TABLE  # noqa: E402
@@ -42,7 +42,7 @@ from train_cam import (  # noqa: E402
 from train_seg import load_segmenter  # noqa: E402
 
 GREY, HEAT, SIGNED = colormaps["gray"], colormaps["turbo"], colormaps["RdBu_r"]  # of values 0 to 1
-CAM_BAR = HEAT, 0, 1, "CAM"
+GAINS = "mIoU of labels of matching, refinement; of matching with only what refinement changes"
 
 
 # ---- Drawing -------------------------------------------------------------------------------------
@@ -81,18 +81,13 @@ def grid(path, rows, head=(), left=(), texts=(), bars=(), caption=""):
 
 
 def plot(path, panels, x, y, **axis):
-    """panels {title: {name: (xs, ys)}}, two in a row, axes of the same kind -> a PNG"""
-    height, width = math.ceil(len(panels) / 2), min(2, len(panels))
-    figure = Figure((5.2 * width, 3.3 * height), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False).flat
-    for ax in axes:
-        ax.set_axis_off()
+    """panels {title: {name: (xs, ys)}} side by side, with the same axes -> a PNG"""
+    figure = Figure((5.2 * len(panels), 3.3), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items()):
-        ax.set_axis_on()
         for name, (xs, ys) in curves.items():
             ax.plot(xs, ys, "o-" if len(xs) < 25 else "-", ms=4, label=name)
         ax.set(title=title, xlabel=x, ylabel=y, **axis)
-        ax.set_ylim(bottom=0)
         ax.grid(color="0.9")
         ax.legend(fontsize=8)
     save(figure, path)
@@ -130,18 +125,13 @@ def strip(r, out):
         photo = r.split.image(name)
         rows.append([photo, *(heat(photo, cams) for cams in cams_of(r, name, *r.phases)),
                      *(coloured(labels_of(r, name, folder)) for folder in more)])
-        left.append(r.split.classes[k])
-        if "classify" in r.has:
-            z = torch.stack(list(forward(r, "classify", name)[1].values())).mean(dim=0)[0]  # (K,)
-            p = z.sigmoid()
-            left[-1] = "\n".join(f"{r.split.classes[i]} {p[i]:.2f}"
-                                 for i in p.argsort(descending=True)[:3].tolist())
-    caption = "CAMs over the photo" + ", after each phase" * (len(r.phases) > 1)
-    if "classify" in r.has:
-        caption = "Left: the classifier's three highest probabilities. " + caption
+        _, logits = forward(r, next(iter(r.phases)), name)
+        p = torch.stack(list(logits.values())).mean(dim=0)[0].sigmoid()          # (K,)
+        left.append("\n".join(f"{r.split.classes[i]} {p[i]:.2f}"
+                              for i in p.argsort(descending=True)[:3].tolist()))
     grid(r.folder / "strip.png", rows, ("photo", *r.phases.values(), *more.values()), left,
-         bars=[(slice(1, 1 + len(r.phases)), CAM_BAR)], caption=caption)
-    return {}
+         bars=[(slice(1, 1 + len(r.phases)), (HEAT, 0, 1, "CAM, over the photo"))],
+         caption="Left: the classes that S finds most probable after " + [*r.phases.values()][0])
 
 
 def inside(r, out):
@@ -150,26 +140,29 @@ def inside(r, out):
         maps, patch = parts_of(r, phase, name, k)
         h, w = maps["fine"].shape
         photo = np.array(r.split.image(name).resize((8 * w, 8 * h), Image.BICUBIC))
-        y, x = 8 * (patch // w), 8 * (patch % w)
-        square = photo[y:y + 8, x:x + 8]
+        square = photo[8 * (patch // w):, 8 * (patch % w):][:8, :8]
         square[[0, 1, -2, -1]] = square[:, [0, 1, -2, -1]] = (255, 0, 0)
         rows.append([photo, *(HEAT(m / m.max()) for m in maps.values())])
         texts.append(["", *(f"0 to {m.max():.2g}" for m in maps.values())])
     grid(out / "1_inside.png", rows, ("a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p [W2]",
                                       "fine [W3]"), r.phases.values(), texts,
          bars=[(slice(1, 5), (HEAT, 0, 1, "share of each map's maximum"))])
-    return {}
 
 
 def shares(r, out):
-    """ANALYSIS: how much of the photo, and of the CAM after each phase, lies on the object"""
-    found = []
+    """ANALYSIS: how much of the photo, and of the CAM after each phase, lies on the object; refined
+    minus matching CAM on the object and beside it"""
+    found, differences = [], defaultdict(list)
     for name, k in with_one_class(r, 100):
-        inside = truth(r, name, k)
-        cams = [cam[0].numpy() for cam in cams_of(r, name, *PHASES)]
-        found.append([inside.mean(), *(cam[inside].sum() / max(cam.sum(), 1e-9) for cam in cams)])
+        there, cams = truth(r, name, k), [cam[0].numpy() for cam in cams_of(r, name, *PHASES)]
+        found.append([there.mean(), *(cam[there].sum() / max(cam.sum(), 1e-9) for cam in cams)])
+        for kind in ("all", r.split.classes[k]):
+            change = cams[2] - cams[1]
+            differences[kind].append([change[there].mean(), change[~there].mean()])
     return {"share on the object, of pixels and of the CAM's mass":
-            dict(zip(("pixels", *PHASES), rounded(np.mean(found, axis=0), 3)))}
+            dict(zip(("pixels", *PHASES), rounded(np.mean(found, axis=0), 3))),
+            "refined minus matching CAM, on the object, beside it": {
+                kind: rounded(np.mean(pairs, axis=0), 3) for kind, pairs in differences.items()}}
 
 
 # ---- 2. The regions CLIP is shown ----------------------------------------------------------------
@@ -180,16 +173,17 @@ def regions(r, out):
     words = {"class text": r.split.classes[k], "true word": r.words and r.words[k]}
     X = view(r, name)
     for phase in r.phases:
-        M = mask_of(r, phase, name, k)
+        cam, _ = forward(r, phase, name)
+        M = region_masks(cam[:, k], X.shape[2:], r.recipe["eps"])               # (1, 1, R, R)
         shown = X, M * X, (1 - M) * X
-        told = ["\n".join(f"{words.get(text, text)} {cosine(r.clip.encode_image(x), u[k]).item():.2f}"
-                          for text, u in r.texts.items()) for x in shown]
-        whole, kept, dropped = (as_picture(x[0]) for x in shown)
-        rows.append([whole, GREY(M[0, 0]), kept, dropped])
-        texts.append([told[0], "", *told[1:]])
+        rows.append([as_picture(x[0]) for x in shown])
+        texts.append(["\n".join(
+            f"{words.get(text, text)} {cosine(r.clip.encode_image(x), u[k]).item():.2f}"
+            for text, u in r.texts.items()) for x in shown])
+        rows[-1].insert(1, GREY(M[0, 0]))
+        texts[-1].insert(1, "")
     grid(out / "2_regions.png", rows, ("X", "mask M", "X^f = M X", "X^b = (1 - M) X"),
          r.phases.values(), texts)
-    return {}
 
 
 # ---- 3. L_match as a curve -----------------------------------------------------------------------
@@ -198,55 +192,52 @@ def regions(r, out):
 def growing(r, out):
     """ANALYSIS: cosines and losses of growing masks: hard ones, and soft ones as S makes them, by
     region_masks of a coarse map. Soft ones end before 2: a constant map has no mask."""
-    voc, photos, S = recipe_of("voc", "refine", {}), with_one_class(r, 24), len(SHARES)
-    kinds = [(f"kept, {text}", text) for text in r.texts] + [("dropped, class text", "class text")]
-    names = ("first term", "L_match", "L_refine", "L_total", "L_total, VOC's weights")
-    cosines, losses = np.zeros((len(kinds), S)), np.zeros((2, len(names), S))
-    grid_side = r.recipe["crop"] // r.generators["match"].backbone.patch
+    own, voc = r.recipe, recipe_of("voc", "refine", {})
+    photos, S = with_one_class(r, 24), len(SHARES)
+    cosines = [*(f"kept, {text}" for text in r.texts), "dropped, class text"]
+    losses = ["first term", "L_match", "L_refine", "L_total", "L_total, VOC's weights"]
+    values = np.zeros((2, S, len(cosines + losses)))
+    places = own["crop"] // r.generators["match"].backbone.patch
     for name, k in photos:
         hard = growing_masks(torch.from_numpy(truth(r, name, k, (r.clip.resolution,) * 2)))
-        soft = F.adaptive_avg_pool2d(hard, grid_side)[:, 0]                      # (S, h, w)
-        masks = torch.cat([hard, region_masks(soft, hard.shape[2:], r.recipe["eps"])])
+        soft = F.adaptive_avg_pool2d(hard, places)[:, 0]                         # (S, h, w)
+        masks = torch.cat([hard, region_masks(soft, hard.shape[2:], own["eps"])])
         X = view(r, name).expand(len(masks), -1, -1, -1)                         # (2 S, 3, R, R)
-        v_f, v_b = embed_masked(r.clip, X, masks)                                # (2 S, E) twice
         u = {text: u[k][None] for text, u in r.texts.items()}
         if name == photos[0][0]:
             kept = [as_picture(x) for x in X * masks]
-        for row, (title, text) in zip(cosines, kinds):
-            v = v_f if "kept" in title else v_b
-            row += cosine(v[:S], u[text]).numpy() / len(photos)
-        for i in range(2 * S):
-            f, b = v_f[i:i + 1], v_b[i:i + 1]
-            first, own, published = (match_loss(f, b, u["class text"], weight)
-                                     for weight in (0, r.recipe["lambda_b"], voc["lambda_b"]))
-            refine = refine_loss(f, u["prompt"])
-            terms = (first, own, refine, own + r.recipe["lambda_r"] * refine,
-                     published + voc["lambda_r"] * refine)
-            losses[i // S, :, i % S] += np.array(terms) / len(photos)
-    losses[1, :, -1] = np.nan
+        for i, (v_f, v_b) in enumerate(zip(*embed_masked(r.clip, X, masks))):    # (E,) twice
+            v_f, v_b, u_f = v_f[None], v_b[None], u["class text"]
+            first, L_match, published = (match_loss(v_f, v_b, u_f, weight)
+                                         for weight in (0, own["lambda_b"], voc["lambda_b"]))
+            L_refine = refine_loss(v_f, u["prompt"])
+            values[i // S, i % S] += [x.item() / len(photos) for x in (
+                *(cosine(v_f, text) for text in u.values()), cosine(v_b, u_f), first, L_match,
+                L_refine, L_match + own["lambda_r"] * L_refine,
+                published + voc["lambda_r"] * L_refine)]
+    values[1, -1] = np.nan
     shown = [SHARES.index(share) for share in (0.25, 0.5, 1, 1.25, 1.5, 2)]
     grid(out / "3_masks.png", [[kept[i] for i in shown], [kept[S + i] for i in shown[:-1]]],
          [f"kept: {SHARES[i]:g}" for i in shown], ("hard masks", "soft masks"))
-    cosines = {title: row for (title, _), row in zip(kinds, cosines)}
-    hard, soft = (dict(zip(names, rows)) for rows in losses)
-    for file, y, panels in (
-            ("3_growing.png", "cosine", {"hard masks": cosines}),
-            ("3_losses.png", "loss", {"hard masks": hard, "soft masks": soft})):
-        plot(out / file, {title: {name: (SHARES, row) for name, row in rows.items()}
-                          for title, rows in panels.items()},
-             "kept: 1 = the object, 2 = the whole photo", y, xticks=(0.1, 0.5, 1, 1.5, 2),
-             ylim=(0, 1 if y == "cosine" else 1.05 * np.nanmax(losses)))
+    hard, soft = (dict(zip(cosines + losses, rows.T)) for rows in values)
+    axis = {"x": "kept: 1 = the object, 2 = the whole photo", "xticks": (0.1, 0.5, 1, 1.5, 2)}
+    plot(out / "3_growing.png", {"hard masks": {key: (SHARES, hard[key]) for key in cosines}},
+         y="cosine", ylim=(0, 1), **axis)
+    plot(out / "3_losses.png", {title: {key: (SHARES, rows[key]) for key in losses}
+                                for title, rows in (("hard masks", hard), ("soft masks", soft))},
+         y="loss", ylim=(0, 1.05 * np.nanmax(values)), **axis)
     at = {f"{share:g}": SHARES.index(share) for share in (0.5, 1, 1.5, 2)}
-    return {f"growing, {title}": {name: {x: None if np.isnan(row[i]) else round(row[i], 2)
-                                         for x, i in at.items()} for name, row in rows.items()}
-            for title, rows in (("cosines", cosines), ("hard", hard), ("soft", soft))}
+    return {title: {key: {share: None if np.isnan(row[i]) else round(row[i], 2)
+                          for share, i in at.items()} for key, row in rows.items()}
+            for title, rows in (("growing, hard masks", hard), ("growing, soft masks", soft))}
 
 
 # ---- 4. What the prompts learn -------------------------------------------------------------------
 
 def prompts(r, out):
     """What the phase has logged, and the nouns nearest to the learned prompts"""
-    rows = log_of(r.cam / "prompts.jsonl")
+    log = (r.cam / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in log]
     curves = {f"{key}{what}": ([row["epoch"] for row in rows], [row[key] for row in rows])
               for key, what in (("sim(v_b, u_b)", ", pulled up"), ("sim(v_f, u_b)", ""),
                                 ("sim(u_f, u_b)", ", pushed down a little"))}
@@ -271,19 +262,13 @@ def changes(r, out):
              SIGNED(((after - before)[0] + 0.3) / 0.6)]  # -0.3 is blue, 0.3 is red
             for _, (_, photo, before, after) in sorted(found.items())]
     grid(out / "5_changes.png", rows, ("photo", "matching", "refinement", "difference"),
-         bars=[(slice(1, 3), CAM_BAR), (slice(3, 4), (SIGNED, -0.3, 0.3, "difference"))])
-    return {}
+         bars=[(slice(1, 3), (HEAT, 0, 1, "CAM")), (slice(3, 4), (SIGNED, -0.3, 0.3, "difference"))])
 
 
 def gains(r, out):
-    """ANALYSIS: refined minus matching CAM; mIoU of both, and of matching's labels with only what
+    """ANALYSIS: mIoU of the labels of both phases, and of matching's labels with only what
     refinement removes, with only what it adds"""
-    differences, counts = defaultdict(list), defaultdict(int)
-    for name, k in with_one_class(r, 100):
-        before, after = (cam[0].numpy() for cam in cams_of(r, name, "match", "refine"))
-        there = truth(r, name, k)
-        for kind in ("all", r.split.classes[k]):
-            differences[kind].append([(after - before)[at].mean() for at in (there, ~there)])
+    counts = defaultdict(int)
     for name in r.true:
         match, refine = (score_labels(cams, r.split.present(name), BACKGROUND_SCORE)
                          for cams in cams_of(r, name, "match", "refine"))
@@ -291,10 +276,7 @@ def gains(r, out):
                             ("only removed", np.where(refine == 0, 0, match)),
                             ("only added", np.where(match == 0, refine, match))):
             counts[key] += confusion_matrix(labels, labels_of(r, name), 1 + len(r.split.classes))
-    return {"refined minus matching CAM, on the object, beside it": {
-                kind: rounded(np.mean(pairs, axis=0), 3) for kind, pairs in differences.items()},
-            "mIoU": {key: round(100 * float(np.nanmean(iou(matrix))), 1)
-                     for key, matrix in counts.items()}}
+    return {GAINS: {key: round(100 * np.nanmean(iou(matrix)), 1) for key, matrix in counts.items()}}
 
 
 # ---- 6. From CAM to mask -------------------------------------------------------------------------
@@ -316,7 +298,6 @@ def crf(r, out):
         if name in r.true:
             rows[-1].append(coloured(labels_of(r, name)))
     grid(out / "6_crf.png", rows, ("photo", *(f"{n} steps" for n in steps), "truth"))
-    return {}
 
 
 # ---- 7. From masks to a model --------------------------------------------------------------------
@@ -329,7 +310,7 @@ def model(r, out):
     for name in r.split.names[:24 if r.words else 4]:
         photo, teacher = r.split.image(name), labels_of(r, name, "masks")
         predicted = predict_labels(segmenter, photo, test, True, torch.device("cpu"))
-        cells, texts, gain = [photo, coloured(teacher), coloured(predicted)], [""], 0
+        cells, texts, gain = [photo, coloured(teacher), coloured(predicted)], [], 0
         if r.words:
             true = labels_of(r, name)
             right = [float((labels == true).mean()) for labels in (teacher, predicted)]
@@ -345,19 +326,7 @@ def model(r, out):
     return {"model better than its pseudo mask": better} if r.words else {}
 
 
-# ---- Curves of the trainings, and the page -------------------------------------------------------
-
-def trainings(r, out):
-    """What each training logs"""
-    panels = {}
-    for path in sorted([*r.folder.glob("*.jsonl"), *r.folder.glob("*/*.jsonl")]):
-        rows, steps = log_of(path), [row["step"] for row in log_of(path)]
-        keys = list(rows[0])[list(rows[0]).index("epoch") + 1:list(rows[0]).index("lr")]
-        panels[path.relative_to(r.folder).as_posix()] = {
-            key: (steps, [row[key] for row in rows]) for key in keys}
-    plot(out / "8_trainings.png", panels, "step", "")
-    return {}
-
+# ---- The page ------------------------------------------------------------------------------------
 
 SECTIONS = {  # what draws: what it needs
     strip: "", inside: "vit", shares: "true masks,classify,match,refine", regions: "",
@@ -381,24 +350,21 @@ CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what 
     "7_model.png": ("From masks to a model", "Pseudo mask and prediction; with truth, the three "
                     "largest gains over the pseudo mask, then the largest loss (analysis)."),
 }
-STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
-figure { margin: 1rem 0; } figcaption { color: #444; } figure div, .table { overflow-x: auto; }
-img { max-width: 100%; height: auto; } img.wide { min-width: 34rem; }
-td { padding: 0.1rem 0.8rem 0.1rem 0; }"""
+STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem }
+figure { margin: 1rem 0 } figcaption { color: #444 } img { max-width: 100%; height: auto }
+td { padding: 0.1rem 0.8rem 0.1rem 0 }"""
 
 
-def page(r, tables, logs):
+def page(r, tables):
     """RUN/index.html: plain HTML, pictures beside it, no scripts, nothing from the network"""
     def figure(file, text):
-        wide = ' class="wide"' * (Image.open(r.folder / file).width > 540)
-        file, text = html.escape(file), html.escape(text)
-        return (f'<figure><div><img{wide} src="{file}" alt="{text}"></div>'
-                f"<figcaption>{text}</figcaption></figure>")
+        return (f'<figure><img src="{file}" alt="{html.escape(text)}">'
+                f"<figcaption>{html.escape(text)}</figcaption></figure>")
 
     def table(title, rows):
         rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(cell))}</td></tr>"
                        for name, cell in rows.items())
-        return f'<p>{title}:</p><div class="table"><table>{rows}</table></div>'
+        return f"<p>{title}:</p><table>{rows}</table>"
 
     body = ["<h1>SemPLeS, a run</h1>", "<p>The method, section by section, with these pictures on "
             "the toy world: docs/method.md.</p>"]
@@ -408,20 +374,17 @@ def page(r, tables, logs):
                                               for key, title in TABLE.items()}))
     body.append(figure("strip.png", "Photo; CAM after each phase; pseudo mask; truth, if known "
                        "(analysis)."))
+    below = {"4_prompts.png": "nouns nearest to the prompt", "5_changes.png": GAINS}
     for file, (heading, text) in CAPTIONS.items():
         if (r.folder / "companion" / file).is_file():
             body += [f"<h2>{heading}</h2>"] * bool(heading) + [figure(f"companion/{file}", text)]
-        if file == "4_prompts.png" and (found := tables.get("nouns nearest to the prompt")):
-            body.append(table("The nouns nearest to each class's prompt", found))
-        if file == "5_changes.png" and (found := tables.get("mIoU")):
-            body.append(table("mIoU in percent of labels of matching, of refinement; of matching "
-                              "with only what refinement removes, adds (analysis)", found))
-    body += ["<h2>Trainings</h2>", *(figure(f"companion/{file}", t) for file, t in logs.items())]
+            if found := tables.get(below.get(file)):
+                body.append(table(below[file], found))
     with writing(r.folder / "index.html") as temporary:
         temporary.write_text(
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>SemPLeS</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>\n{STYLE}\n</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n",
+            f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n",
             encoding="utf-8")
 
 
@@ -448,17 +411,15 @@ def main(args):
     claim(out, CAPTIONS, {"companion": r.split.digest}, reads=r.split.folders)
     for section, needs in SECTIONS.items():
         if {need for need in needs.split(",") if need} <= r.has:
-            tables |= section(r, out)
+            tables |= section(r, out) or {}
             print(f"{section.__name__}: done", flush=True)
-    logs = trainings(r, out)
     with writing(out / "tables.json") as temporary:
         temporary.write_text(json.dumps(tables, indent=1) + "\n")
-    page(r, tables, logs)
+    page(r, tables)
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
-        for path in (out / "tables.json", *(out / name for name in CAPTIONS)):
-            if path.is_file():
-                shutil.copy(path, args.figures)
+        for name in ("tables.json", *CAPTIONS):
+            shutil.copy(out / name, args.figures)
     print(f"{args.run / 'index.html'}: its pictures and tables.json are in {out}")
 
 
