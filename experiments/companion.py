@@ -105,7 +105,7 @@ def coloured(labels):
 
 def as_picture(X):
     """X (3, R, R) in CLIP's normalisation -> (R, R, 3) in [0, 1]"""
-    return (X.permute(1, 2, 0) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)).clamp(0, 1)
+    return (X.permute(1, 2, 0).numpy() * CLIP_STD + CLIP_MEAN).clip(0, 1)
 
 
 def rounded(values, digits):
@@ -121,11 +121,11 @@ def strip(r, out):
     rows, left, more = [], [], {"masks": "pseudo mask"} if "pseudo masks" in r.has else {}
     if all(name in r.true for name, _ in r.chosen):
         more[None] = "truth"
-    for name, k in r.chosen:
+    for name, _ in r.chosen:
         photo = r.split.image(name)
         rows.append([photo, *(heat(photo, cams) for cams in cams_of(r, name, *r.phases)),
                      *(coloured(labels_of(r, name, folder)) for folder in more)])
-        _, logits = forward(r, next(iter(r.phases)), name)
+        logits = forward(r, next(iter(r.phases)), name)[1]
         p = torch.stack(list(logits.values())).mean(dim=0)[0].sigmoid()          # (K,)
         left.append("\n".join(f"{r.split.classes[i]} {p[i]:.2f}"
                               for i in p.argsort(descending=True)[:3].tolist()))
@@ -142,7 +142,7 @@ def inside(r, out):
         photo = np.array(r.split.image(name).resize((8 * w, 8 * h), Image.BICUBIC))
         square = photo[8 * (patch // w):, 8 * (patch % w):][:8, :8]
         square[[0, 1, -2, -1]] = square[:, [0, 1, -2, -1]] = (255, 0, 0)
-        rows.append([photo, *(HEAT(m / m.max()) for m in maps.values())])
+        rows.append([photo, *(HEAT((m / m.max()).numpy()) for m in maps.values())])
         texts.append(["", *(f"0 to {m.max():.2g}" for m in maps.values())])
     grid(out / "1_inside.png", rows, ("a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p [W2]",
                                       "fine [W3]"), r.phases.values(), texts,
@@ -180,7 +180,7 @@ def regions(r, out):
         texts.append(["\n".join(
             f"{words.get(text, text)} {cosine(r.clip.encode_image(x), u[k]).item():.2f}"
             for text, u in r.texts.items()) for x in shown])
-        rows[-1].insert(1, GREY(M[0, 0]))
+        rows[-1].insert(1, GREY(M[0, 0].numpy()))
         texts[-1].insert(1, "")
     grid(out / "2_regions.png", rows, ("X", "mask M", "X^f = M X", "X^b = (1 - M) X"),
          r.phases.values(), texts)
@@ -246,9 +246,9 @@ def prompts(r, out):
     return {"nouns nearest to the prompt": dict(line.split(": ") for line in lines)}
 
 
-# ---- 5. What refinement changes ------------------------------------------------------------------
+# ---- 5. What refinement removes ------------------------------------------------------------------
 
-def changes(r, out):
+def removes(r, out):
     """For each class the photo, of the first 300 with one class, whose CAM refinement changes most
     (mean squared difference); of a run without exports, the chosen ones"""
     found, exported = {}, {"match", "refine"} <= r.cams.keys() and r.true
@@ -259,10 +259,10 @@ def changes(r, out):
         if change > found.get(k, (-1,))[0]:
             found[k] = change, r.split.image(name), before, after
     rows = [[photo, heat(photo, before), heat(photo, after),
-             SIGNED(((after - before)[0] + 0.3) / 0.6)]  # -0.3 is blue, 0.3 is red
+             SIGNED((0.5 + (after - before)[0] / 0.6).numpy())]  # -0.3 is blue, 0.3 is red
             for _, (_, photo, before, after) in sorted(found.items())]
-    grid(out / "5_changes.png", rows, ("photo", "matching", "refinement", "difference"),
-         bars=[(slice(1, 3), (HEAT, 0, 1, "CAM")), (slice(3, 4), (SIGNED, -0.3, 0.3, "difference"))])
+    grid(out / "5_removes.png", rows, ("photo", "matching", "refinement", "difference"),
+         bars=[(slice(1, 3), (HEAT, 0, 1, "CAM")), (slice(3, 4), (SIGNED, -0.3, 0.3, ""))])
 
 
 def gains(r, out):
@@ -330,7 +330,7 @@ def model(r, out):
 
 SECTIONS = {  # what draws: what it needs
     strip: "", inside: "vit", shares: "true masks,classify,match,refine", regions: "",
-    growing: "match,prompt,true masks", prompts: "log", changes: "match,refine",
+    growing: "match,prompt,true masks", prompts: "log", removes: "match,refine",
     gains: "true masks,cams of match,cams of refine", crf: "cams of refine",
     model: "seg,pseudo masks"}
 CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what it shows
@@ -343,7 +343,7 @@ CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what 
     "3_growing.png": ("", "Cosines of these masks, means of 24 photos (analysis only)."),
     "3_losses.png": ("", "The losses of these masks (analysis only)."),
     "4_prompts.png": ("What the prompts learn", "Cosines during prompt learning, from its log."),
-    "5_changes.png": ("What refinement changes", "For each class the photo that refinement changes "
+    "5_removes.png": ("What refinement removes", "For each class the photo that refinement changes "
                       "most. Difference: refined minus matching; red is raised, blue lowered."),
     "6_crf.png": ("From CAM to mask", "The dense CRF after 0, 1, 3 and 10 steps; truth, if known "
                   "(analysis)."),
@@ -374,7 +374,7 @@ def page(r, tables):
                                               for key, title in TABLE.items()}))
     body.append(figure("strip.png", "Photo; CAM after each phase; pseudo mask; truth, if known "
                        "(analysis)."))
-    below = {"4_prompts.png": "nouns nearest to the prompt", "5_changes.png": GAINS}
+    below = {"4_prompts.png": "nouns nearest to the prompt", "5_removes.png": GAINS}
     for file, (heading, text) in CAPTIONS.items():
         if (r.folder / "companion" / file).is_file():
             body += [f"<h2>{heading}</h2>"] * bool(heading) + [figure(f"companion/{file}", text)]
