@@ -57,7 +57,7 @@ def draw(X, masks, steps, cosines):
     for name, x in (("photo", X), ("mask", masks[-1]), ("kept region", masks[-1] * X)):
         if len(x) == 3:
             x = (x.movedim(0, 2) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)).clamp(0, 1)
-        axes[name].imshow(x.squeeze(), "turbo", vmin=0, vmax=1)
+        axes[name].imshow(x.squeeze().numpy(), "turbo", vmin=0, vmax=1)
         axes[name].set(title=name, xticks=[], yticks=[])
     for (name, values), style in zip(cosines.items(), ("C0-", "C0:", "C1-", "C1:")):
         axes["cosines"].plot(values, style, label=name)
