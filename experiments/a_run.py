@@ -67,9 +67,9 @@ def open_run(args):
         phases={phase: PHASES[phase] for phase in found})
 
 
-def with_one_class(r, count):
-    """The first photos with a true mask that show one class: [(name, k)]"""
-    found = [(name, r.split.present(name)) for name in r.true]
+def with_one_class(r, names, count):
+    """The first of these photos that show one class: [(name, k)]"""
+    found = [(name, r.split.present(name)) for name in names]
     return [(name, int(k[0])) for name, k in found if len(k) == 1][:count]
 
 

@@ -11,10 +11,8 @@ noun nearest to the prompt is their own background. Mean and standard deviation 
   python experiments/ablation.py --table docs/results.md --out figures         # ablation.png again
 """
 import argparse
-import importlib
 import json
 import re
-import shlex
 import shutil
 import sys
 from itertools import product
@@ -29,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
 from common import run, writing  # noqa: E402
+from exercise import call  # noqa: E402
 from make_pseudo import BACKGROUND_SCORE  # noqa: E402
 
 WORDS = {"true": dict(zip(toy.OBJECTS, toy.BACKGROUNDS)),
@@ -72,14 +71,6 @@ PANELS = [  # of the picture: title, rows, what stands below the points, and bel
     ("co-occurrence in %", "co-occurrence {} %, the method", (50, 80, 95, 100), 95)]
 
 
-def call(script, *flags):
-    """A script's command line, in this process"""
-    words = [word for flag in flags for word in shlex.split(str(flag))]
-    print(f"$ {script} {shlex.join(words)}", flush=True)
-    module = importlib.import_module(Path(script).stem)
-    module.main(module.parse_args(words))
-
-
 def places(args, row, seed):
     """The folders of a row: its world, the phases it shares, its own"""
     base, world = Path(args.out) / f"seed{seed}", row.world.replace(" ", "")
@@ -91,14 +82,14 @@ def run_row(args, row, seed):
     """Train what is missing, score it: out/score.json"""
     world, chain, out = places(args, row, seed)
     if not (world / "vit.pth").is_file():  # the last file that it writes
-        call("prepare/toy.py", f"--out {world} --seed {seed} --train {args.train} --val 1",
-             row.world)
-    data, clip = f"--data {world}/data", f"--clip {world}/clip.pt"
-    common = (f"{data} {clip} --vit {world}/vit.pth --resnet {world}/resnet.pth --generator "
-              f"{row.generator} --recipe toy --seed {seed} --workers 0 --resume")
-    steps = f"--steps {args.steps}" if args.steps else ""
+        call("prepare/toy.py", "--out", world, "--seed", seed, "--train", args.train, "--val", 1,
+             *row.world.split())
+    inputs = ["--data", world / "data", "--clip", world / "clip.pt"]
+    common = [*inputs, "--vit", world / "vit.pth", "--resnet", world / "resnet.pth", "--generator",
+              row.generator, "--recipe", "toy", "--seed", seed, "--workers", 0, "--resume"]
+    steps = ["--steps", args.steps] if args.steps else []
     for phase in PHASES:
-        call("train_cam.py", common, steps, f"--out {chain} --phase {phase}")
+        call("train_cam.py", *common, *steps, "--out", chain, "--phase", phase)
     if row.command:
         out.mkdir(parents=True, exist_ok=True)
         first = PHASES.index(row.command.split()[0])
@@ -107,19 +98,20 @@ def run_row(args, row, seed):
         if row.words:
             lines = "".join(f"{name}: {text}\n" for name, text in WORDS[row.words].items())
             (out / "words.txt").write_text(lines)
-            call("words.py", data, clip, f"--words {out}/words.txt --out {out}")
+            call("words.py", *inputs, "--words", out / "words.txt", "--out", out)
         for phase in (row.command, *PHASES[first + 1:]):
-            call("train_cam.py", common, steps, f"--out {out} --phase {phase}")
-    call("train_cam.py", common, f"--out {out} --phase export --checkpoint "
-         f"{out if row.command else chain}/{row.scored}.pt")
-    call("eval.py", data, f"--split train --cams {out}/cams --oracle-sweep --json {out}/score.json")
+            call("train_cam.py", *common, *steps, "--out", out, "--phase", *phase.split())
+    call("train_cam.py", *common, "--out", out, "--phase", "export", "--checkpoint",
+         (out if row.command else chain) / f"{row.scored}.pt")
+    call("eval.py", "--data", world / "data", "--split", "train", "--cams", out / "cams",
+         "--oracle-sweep", "--json", out / "score.json")
 
 
 def own_backgrounds(path, world):
     """prompts.txt -> for how many classes the nearest noun is their own background in this world"""
     pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
-    lines = [line.split(": ") for line in path.read_text().splitlines()]
-    return sum(pairs[name] == nouns.split(", ")[0].rsplit(" ", 1)[0] for name, nouns in lines)
+    lines = path.read_text().splitlines()
+    return sum(line.startswith(f"{name}: {pairs[name]} ") for name, line in zip(pairs, lines))
 
 
 def table(args):
@@ -160,15 +152,14 @@ def draw(found, path):
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for ax, (title, row, values, usual) in zip(axes, PANELS):
         method = ["the method" if x == usual else row.format(x) for x in values]
-        curves = {"the method": method,
-                  "matching": [name.replace("the method", "matching") if "%" in name else
-                               "matching only" for name in method],
-                  "true background words": ["true background words" if "%" not in name else ""
-                                            for name in method]}
-        for name, rows in curves.items():
+        matching = [name.replace("the method", "matching") if "%" in name else "matching only"
+                    for name in method]
+        words = ["" if "%" in name else "true background words" for name in method]
+        for label, rows in (("the method", method), ("matching", matching),
+                            ("true background words", words)):
             points = [(i, *found[row]) for i, row in enumerate(rows) if row in found]
             at, mious, deviations = np.array(points).reshape(-1, 3).T
-            ax.errorbar(at, mious, deviations, fmt="o-", ms=4, capsize=3, label=name)
+            ax.errorbar(at, mious, deviations, fmt="o-", ms=4, capsize=3, label=label)
         ax.set(xlabel=title, ylim=(60, 82))
         ax.set_xticks(range(len(values)), values)
         ax.grid(color="0.9")

@@ -159,38 +159,34 @@ def peer_crf(peer, image, prob, gaussian, bilateral):
         return torch.from_numpy(np.load(Q)), float(said)
 
 
-def smooth(rng, count, cells, height, width):
+def smooth(count, cells, height, width):
     """Random maps (count, height, width), as coarse as a CAM, of mean 0 and deviation about 1"""
-    maps = [Image.fromarray(rng.normal(size=cells).astype(np.float32)) for _ in range(count)]
-    return np.stack([np.asarray(x.resize((width, height), Image.BICUBIC)) for x in maps])
+    return F.interpolate(torch.randn(1, count, *cells), (height, width), mode="bicubic")[0]
 
 
 def bench_crf(args):
-    rng, images = np.random.default_rng(0), {}
-    for H, W in [(375, 500), (64, 64)] if args.peer or args.device == "cuda" else [(24, 32)]:
-        photo = 128 + 50 * smooth(rng, 3, (6, 8), H, W) + rng.normal(0, 4, (3, H, W))
-        photo = photo.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
-        images[f"drawn {W}x{H}"] = torch.from_numpy(photo)
+    torch.manual_seed(0)
+    H, W = (375, 500) if args.peer or args.device == "cuda" else (24, 32)
+    photo = 128 + 50 * smooth(3, (6, 8), H, W) + 4 * torch.randn(3, H, W)
+    images = {f"drawn {W}x{H}": photo.clamp(0, 255).byte().movedim(0, 2).contiguous()}
     for path in sorted(args.photos.glob("*.jpg"))[:3] if args.photos else ():
-        photo = Image.open(path).convert("RGB").resize((500, 375))
+        photo = Image.open(path).convert("RGB").resize((W, H))
         images[path.name] = torch.from_numpy(np.array(photo))
     if args.measure:
-        image = next(iter(images.values()))
-        prob = torch.full((3, *image.shape[:2]), 1 / 3)
-        return print(peak_here(lambda: dense_crf(image, prob), args))
+        prob = torch.full((3, H, W), 1 / 3)
+        return print(peak_here(lambda: dense_crf(images[f"drawn {W}x{H}"], prob), args))
     show("milliseconds", "ours", "theirs", "ratio", "agree", "mean |dQ|")
     for (title, image), C, name in product(images.items(), (3, 21), ("voc", "irn", "prob")):
         unary, *weights = PRESETS[name].values()
-        prob = (2 * torch.from_numpy(smooth(rng, C, (12, 16), *image.shape[:2]))).softmax(0)
+        prob = (2 * smooth(C, (12, 16), H, W)).softmax(0)
         prob = hard_unary(prob.argmax(0), C) if unary == "hard" else prob
         ours = partial(dense_crf, image, prob.to(args.device), *weights)
+        theirs = partial(dense_crf if args.device == "cuda" else dense_crf_slow, image, prob,
+                         *weights)
         if args.peer:
             theirs = partial(peer_crf, args.peer, image, prob, *weights)
-        else:
-            slow = dense_crf if args.device == "cuda" else dense_crf_slow
-            theirs = partial(lambda *job: (slow(*job), None), image, prob, *weights)
         times = race(ours, theirs, args, (lambda call: call()[1]) if args.peer else seconds)
-        Q, (other, _) = ours().cpu(), theirs()
+        Q, other = ours().cpu(), theirs()[0] if args.peer else theirs()
         agree = (Q.argmax(0) == other.argmax(0)).float().mean().item()
         show(f"{title}, {C} labels, {name}", *times, f"{agree:.4%}", (Q - other).abs().mean())
     show("MiB, the first picture, 3 labels", peak_of(args, "ours"))
@@ -220,23 +216,22 @@ def build_side(args, official):
     K, side, crop = args.classes, *((64, 64) if args.toy else (224, 480))
     sizes = dict(width=64, layers=2, grid=(4, 4)) if args.toy else {}
     clip = CLIP(**CLIP_SIZES[args.toy]).to(args.device).eval().requires_grad_(official)
-    m = Namespace(clip=clip, generator=MaskGenerator(ViT(**sizes), K).to(args.device),
-                  prompts=train_cam.Prompts(clip, K, 30).to(args.device), official=official,
+    m = Namespace(clip=clip, official=official, device=torch.device(args.device),
+                  generator=MaskGenerator(ViT(**sizes), K).to(args.device),
                   segmenter=train_seg.Segmenter(ViT(**sizes), K + 1).to(args.device),
+                  prompts=train_cam.Prompts(clip, K, 30).to(args.device),
                   image=torch.randn(args.batch, 3, side, side).to(args.device),
-                  labels=torch.zeros(args.batch, K), device=torch.device(args.device),
+                  labels=torch.zeros(args.batch, K), precision=args.precision,
                   large=torch.randn(4, 3, crop, crop).to(args.device),
-                  masks=torch.randint(K + 1, (4, crop, crop)), precision=args.precision,
-                  texts=tokenize([f"a photo of class {k}." for k in range(K)]).to(args.device),
+                  masks=torch.randint(K + 1, (4, crop, crop)),
                   photo=Image.new("RGB", (96, 64) if args.toy else (500, 375)))
-    for model in (clip, m.generator, m.segmenter) if official else ():
-        for part in model.modules():
-            if isinstance(part, AttentionFusion):
-                part.__class__ = PlainFusion
     for b in range(args.batch):
         m.labels[b, torch.randperm(K)[:1 + b % 2]] = 1
+    if official:
+        m.generator.fusion.__class__ = PlainFusion
     with torch.no_grad():
-        m.u_f, m.u_b = clip.encode_text(m.texts), clip.encode_prompts(m.prompts.vectors)
+        texts = tokenize([f"a photo of class {k}." for k in range(K)]).to(args.device)
+        m.u_f, m.u_b = clip.encode_text(texts), clip.encode_prompts(m.prompts.vectors)
     return m
 
 

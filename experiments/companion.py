@@ -153,7 +153,7 @@ def shares(r, out):
     """ANALYSIS: how much of the photo, and of the CAM after each phase, lies on the object; refined
     minus matching CAM on the object and beside it"""
     found, differences = [], defaultdict(list)
-    for name, k in with_one_class(r, 100):
+    for name, k in with_one_class(r, r.true, 100):
         there, cams = truth(r, name, k), [cam[0].numpy() for cam in cams_of(r, name, *PHASES)]
         found.append([there.mean(), *(cam[there].sum() / max(cam.sum(), 1e-9) for cam in cams)])
         for kind in ("all", r.split.classes[k]):
@@ -193,7 +193,7 @@ def growing(r, out):
     """ANALYSIS: cosines and losses of growing masks: hard ones, and soft ones as S makes them, by
     region_masks of a coarse map. Soft ones end before 2: a constant map has no mask."""
     own, voc = r.recipe, recipe_of("voc", "refine", {})
-    photos, S = with_one_class(r, 24), len(SHARES)
+    photos, S = with_one_class(r, r.true, 24), len(SHARES)
     cosines = [*(f"kept, {text}" for text in r.texts), "dropped, class text"]
     losses = ["first term", "L_match", "L_refine", "L_total", "L_total, VOC's weights"]
     values = np.zeros((2, S, len(cosines + losses)))
@@ -250,16 +250,15 @@ def prompts(r, out):
 
 def removes(r, out):
     """For each class the photo, of the first 300 with one class, whose CAM refinement changes most
-    (mean squared difference); of a run without exports, the chosen ones"""
-    found, exported = {}, {"match", "refine"} <= r.cams.keys() and r.true
-    for name, k in with_one_class(r, 300) if exported else r.chosen:
-        n = r.split.labels[name][:k].sum()
-        before, after = (cams[n:n + 1] for cams in cams_of(r, name, "match", "refine"))
+    (mean squared difference)"""
+    found = {}
+    for name, k in with_one_class(r, r.split.names, 300):
+        before, after = cams_of(r, name, "match", "refine")                      # (1, H, W) twice
         change = (after - before).square().mean().item()
         if change > found.get(k, (-1,))[0]:
             found[k] = change, r.split.image(name), before, after
     rows = [[photo, heat(photo, before), heat(photo, after),
-             SIGNED((0.5 + (after - before)[0] / 0.6).numpy())]  # -0.3 is blue, 0.3 is red
+             SIGNED((0.5 + (after - before)[0] / 0.6).numpy())]
             for _, (_, photo, before, after) in sorted(found.items())]
     grid(out / "5_removes.png", rows, ("photo", "matching", "refinement", "difference"),
          bars=[(slice(1, 3), (HEAT, 0, 1, "CAM")), (slice(3, 4), (SIGNED, -0.3, 0.3, ""))])
@@ -330,7 +329,7 @@ def model(r, out):
 
 SECTIONS = {  # what draws: what it needs
     strip: "", inside: "vit", shares: "true masks,classify,match,refine", regions: "",
-    growing: "match,prompt,true masks", prompts: "log", removes: "match,refine",
+    growing: "match,prompt,true masks", prompts: "log", removes: "cams of match,cams of refine",
     gains: "true masks,cams of match,cams of refine", crf: "cams of refine",
     model: "seg,pseudo masks"}
 CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what it shows
