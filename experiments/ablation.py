@@ -6,7 +6,7 @@ them; the same at the best background score, found with masks (analysis); for ho
 noun nearest to the prompt is their own background. Mean and standard deviation over the seeds.
 
   for s in 0 1 2; do OMP_NUM_THREADS=1 python experiments/ablation.py --seeds $s & done; wait
-  python experiments/ablation.py --only            # trains nothing; the line above takes hours
+  python experiments/ablation.py --only   # table and picture; the line above takes hours
   python experiments/ablation.py --only "L_T none" --seeds 0                   # a row: minutes
   python experiments/ablation.py --table docs/results.md --out figures         # ablation.png again
 """
@@ -111,7 +111,7 @@ def own_backgrounds(path, world):
     """prompts.txt -> for how many classes the nearest noun is their own background in this world"""
     pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
     lines = path.read_text().splitlines()
-    return sum(line.startswith(f"{name}: {pairs[name]} ") for name, line in zip(pairs, lines))
+    return sum(line.startswith(f"{name}: {pairs[name]} 0.") for name, line in zip(pairs, lines))
 
 
 def table(args):
@@ -190,7 +190,8 @@ def main(args):
     text = Path(args.table).read_text(encoding="utf-8") if args.table else table(args)
     if not args.table:
         print(text)
-    draw(read_results(text), Path(args.out) / "ablation.png")
+    if args.table or not args.only:  # else others may still train, and draw at the same time
+        draw(read_results(text), Path(args.out) / "ablation.png")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from train_cam import (  # noqa: E402
 from train_seg import load_segmenter  # noqa: E402
 
 GREY, HEAT, SIGNED = colormaps["gray"], colormaps["turbo"], colormaps["RdBu_r"]  # of values 0 to 1
+STRIP = "Photo; CAM after each phase; pseudo mask; truth, if known (analysis)."
 GAINS = "mIoU of labels of matching, refinement; of matching with only what refinement changes"
 
 
@@ -108,8 +109,8 @@ def as_picture(X):
     return (X.permute(1, 2, 0).numpy() * CLIP_STD + CLIP_MEAN).clip(0, 1)
 
 
-def rounded(values, digits):
-    return [round(float(value), digits) for value in values]
+def means(rows):
+    return np.mean(rows, axis=0, dtype=float).round(3).tolist()
 
 
 # ---- 1. What a classifier looks at ---------------------------------------------------------------
@@ -160,9 +161,9 @@ def shares(r, out):
             change = cams[2] - cams[1]
             differences[kind].append([change[there].mean(), change[~there].mean()])
     return {"share on the object, of pixels and of the CAM's mass":
-            dict(zip(("pixels", *PHASES), rounded(np.mean(found, axis=0), 3))),
-            "refined minus matching CAM, on the object, beside it": {
-                kind: rounded(np.mean(pairs, axis=0), 3) for kind, pairs in differences.items()}}
+            dict(zip(("pixels", *PHASES), means(found))),
+            "refined minus matching CAM, on the object, beside it":
+            {kind: means(pairs) for kind, pairs in differences.items()}}
 
 
 # ---- 2. The regions CLIP is shown ----------------------------------------------------------------
@@ -371,8 +372,7 @@ def page(r, tables):
         scores = json.loads((r.folder / "table.json").read_text())
         body.append(table("mIoU in percent", {title: f"{scores[key]:.1f}"
                                               for key, title in TABLE.items()}))
-    body.append(figure("strip.png", "Photo; CAM after each phase; pseudo mask; truth, if known "
-                       "(analysis)."))
+    body.append(figure("strip.png", STRIP))
     below = {"4_prompts.png": "nouns nearest to the prompt", "5_removes.png": GAINS}
     for file, (heading, text) in CAPTIONS.items():
         if (r.folder / "companion" / file).is_file():
