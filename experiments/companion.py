@@ -1,8 +1,8 @@
 """The pictures and tables of docs/method.md, and a page that shows a whole run, in its order.
 
 Reads a run of demo.py, or of the README's command lines on any data; draws what its files allow.
-Keeps nothing that it trains. Writes RUN/strip.png, RUN/companion/*.png, RUN/companion/tables.json
-and RUN/index.html; the same run gives the same bytes. What uses true masks or true background words
+Trains nothing. Writes RUN/strip.png, RUN/companion/*.png, RUN/companion/tables.json and
+RUN/index.html; the same run gives the same bytes. What uses true masks or true background words
 says ANALYSIS: nothing is chosen by it.
 
   python experiments/companion.py --run runs/toy            # the last step of make demo
@@ -12,7 +12,6 @@ says ANALYSIS: nothing is chosen by it.
 import argparse
 import html
 import json
-import math
 import shutil
 import sys
 from collections import defaultdict
@@ -21,27 +20,84 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from PIL import Image
-from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
-import toy  # noqa: E402
+sys.path.insert(0, str(ROOT))
 from a_run import (  # noqa: E402
-    CPU, PHASES, SHARES, cams_of, forward, growing_masks, labels_of, mask_gradients, mask_of,
-    one_batch, open_run, parts_of, truth, view, with_one_class)
-from ablation import read_results  # noqa: E402
+    PHASES, SHARES, cams_of, forward, growing_masks, labels_of, open_run, parts_of, truth, view,
+    with_one_class)
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
-from common import label_picture, run, writing  # noqa: E402
+from common import InputError, claim, label_picture, run, writing  # noqa: E402
 from demo import TABLE  # noqa: E402
 from eval import TEST, confusion_matrix, iou, predict_labels  # noqa: E402
-from make_pseudo import BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels  # noqa: E402
-from pictures import HEAT, heat, in_colours, plot, sheet  # noqa: E402
+from make_pseudo import (  # noqa: E402
+    BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels, with_background)
 from train_cam import (  # noqa: E402
     cosine, embed_masked, match_loss, recipe_of, refine_loss, region_masks)
 from train_seg import load_segmenter  # noqa: E402
 
-CAM_BAR = HEAT, 0, 1, "CAM"
+GREY, HEAT, SIGNED = colormaps["gray"], colormaps["turbo"], colormaps["RdBu_r"]  # of values 0 to 1
+STRIP = "Photo; CAM after each phase; pseudo mask; truth, if known (analysis)."
+GAINS = "mIoU of labels of matching, refinement; of matching with only what refinement changes"
+
+
+# ---- Drawing -------------------------------------------------------------------------------------
+
+def save(figure, path):
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=100, metadata={"Software": None})
+
+
+def grid(path, rows, head=(), left=(), texts=(), bars=(), caption=""):
+    """Rows of pictures (PIL, or arrays of colours) -> a PNG. head: above the columns; left: beside
+    the rows; texts: rows of what stands below each picture; bars: (columns, (colours, lowest,
+    highest value, label))"""
+    height, width = len(rows), max(map(len, rows))
+    lines = max((text.count("\n") + 1 for row in texts for text in row), default=0)
+    size = 1.5 * width + 0.8 * bool(left), (1.5 + 0.16 * lines) * height + 0.3 + 0.6 * bool(bars)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for y, row in enumerate(rows):
+        for ax, picture in zip(axes[y], row):
+            ax.imshow(picture)
+        for ax, text in zip(axes[y], texts[y] if texts else ()):
+            ax.set_xlabel(text, fontsize=9)
+    for ax, text in zip(axes[0], head):
+        ax.set_title(text, fontsize=10)
+    for ax, text in zip(axes[:, 0], left):
+        ax.set_ylabel(text, fontsize=10, rotation=0, ha="right", va="center", ma="left")
+    for columns, (colours, low, high, label) in bars:
+        figure.colorbar(ScalarMappable(Normalize(low, high), colours), ax=axes[:, columns],
+                        location="bottom", aspect=30, label=label)
+    figure.supxlabel(caption, fontsize=9)
+    save(figure, path)
+
+
+def plot(path, panels, x, y, **axis):
+    """panels {title: {name: (xs, ys)}} side by side, with the same axes -> a PNG"""
+    figure = Figure((5.2 * len(panels), 3.3), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, curves) in zip(axes, panels.items()):
+        for name, (xs, ys) in curves.items():
+            ax.plot(xs, ys, "o-" if len(xs) < 25 else "-", ms=4, label=name)
+        ax.set(title=title, xlabel=x, ylabel=y, **axis)
+        ax.grid(color="0.9")
+        ax.legend(fontsize=8)
+    save(figure, path)
+
+
+def heat(photo, cams):
+    """A photo in grey under the strongest of its CAMs (n, H, W)"""
+    grey = np.asarray(photo.convert("L"))[..., None] / 255
+    return 0.35 * grey + 0.65 * HEAT(cams.amax(dim=0).numpy())[..., :3]
 
 
 def coloured(labels):
@@ -49,102 +105,86 @@ def coloured(labels):
 
 
 def as_picture(X):
-    """X (3, R, R) in CLIP's normalisation -> picture"""
-    pixels = X * torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]
-    return v2.functional.to_pil_image(pixels.clamp(0, 1))
+    """X (3, R, R) in CLIP's normalisation -> (R, R, 3) in [0, 1]"""
+    return (X.permute(1, 2, 0).numpy() * CLIP_STD + CLIP_MEAN).clip(0, 1)
 
 
-def rounded(values, digits):
-    return [round(float(value), digits) for value in values]
-
-
-def strip(r, out):
-    """A row per class: photo, CAM after each phase, pseudo mask, truth, as far as there are any"""
-    rows, more = [], {"masks": "pseudo mask"} if "pseudo masks" in r.has else {}
-    if all(name in r.true for name, _ in r.chosen):
-        more[None] = "truth"
-    for name, _ in r.chosen:
-        photo = r.split.image(name)
-        cams = [heat(np.array(photo), cams) for cams in cams_of(r, name, *r.phases)]
-        masks = [coloured(labels_of(r, name, folder)) for folder in more]
-        rows.append([(cell, "") for cell in (photo, *cams, *masks)])
-    sheet(rows, r.folder / "strip.png", ("photo", *r.phases.values(), *more.values()))
-    return {}
+def means(rows):
+    return np.mean(rows, axis=0, dtype=float).round(3).tolist()
 
 
 # ---- 1. What a classifier looks at ---------------------------------------------------------------
 
+@torch.no_grad()
+def strip(r, out):
+    """A row per class: photo, CAM after each phase, pseudo mask, truth, as far as there are any;
+    beside it what the classifier says"""
+    rows, left, more = [], [], {"masks": "pseudo mask"} if "pseudo masks" in r.has else {}
+    if all(name in r.true for name, _ in r.chosen):
+        more[None] = "truth"
+    for name, _ in r.chosen:
+        photo = r.split.image(name)
+        rows.append([photo, *(heat(photo, cams) for cams in cams_of(r, name, *r.phases)),
+                     *(coloured(labels_of(r, name, folder)) for folder in more)])
+        logits = forward(r, next(iter(r.phases)), name)[1]
+        p = torch.stack(list(logits.values())).mean(dim=0)[0].sigmoid()          # (K,)
+        left.append("\n".join(f"{r.split.classes[i]} {p[i]:.2f}"
+                              for i in p.argsort(descending=True)[:3].tolist()))
+    grid(r.folder / "strip.png", rows, ("photo", *r.phases.values(), *more.values()), left,
+         bars=[(slice(1, 1 + len(r.phases)), (HEAT, 0, 1, "CAM, over the photo"))],
+         caption="Left: the classes that S finds most probable after " + [*r.phases.values()][0])
+
+
 def inside(r, out):
-    (name, k), rows = r.chosen[0], []
-    for phase, title in r.phases.items():
+    (name, k), rows, texts = r.chosen[0], [], []
+    for phase in r.phases:
         maps, patch = parts_of(r, phase, name, k)
         h, w = maps["fine"].shape
         photo = np.array(r.split.image(name).resize((8 * w, 8 * h), Image.BICUBIC))
-        y, x = 8 * (patch // w), 8 * (patch % w)
-        square = photo[y:y + 8, x:x + 8]
+        square = photo[8 * (patch // w):, 8 * (patch % w):][:8, :8]
         square[[0, 1, -2, -1]] = square[:, [0, 1, -2, -1]] = (255, 0, 0)
-        rows.append([(Image.fromarray(photo), f"after {title}"), *(
-            (in_colours(m, HEAT, 0, m.max()), f"0 to {m.max():.2g}") for m in maps.values())])
-    head = ("photo, a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p, of patch [W2]", "fine [W3]")
-    sheet(rows, out / "1_inside.png", head, lines=1,
-          bars=[(HEAT, 0, 1, "share of each map's maximum")])
-    return {}
+        rows.append([photo, *(HEAT((m / m.max()).numpy()) for m in maps.values())])
+        texts.append(["", *(f"0 to {m.max():.2g}" for m in maps.values())])
+    grid(out / "1_inside.png", rows, ("a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p [W2]",
+                                      "fine [W3]"), r.phases.values(), texts,
+         bars=[(slice(1, 5), (HEAT, 0, 1, "share of each map's maximum"))])
 
 
-@torch.no_grad()
-def looks(r, out):
-    rows, shares = [], []
-    for name, _ in r.chosen:
-        _, logits = forward(r, "classify", name)
-        photo, p = r.split.image(name), torch.stack(list(logits.values())).mean(dim=0)[0].sigmoid()
-        told = "\n".join(f"{r.split.classes[i]} {p[i]:.2f}"
-                         for i in p.argsort(descending=True)[:3].tolist())
-        cams = [heat(np.array(photo), cams) for cams in cams_of(r, name, *r.phases)]
-        rows.append([(photo, told), *((cam, "") for cam in cams)])
-    sheet(rows, out / "1_looks.png", lines=3, bars=[CAM_BAR],
-          head=("photo, P(class)", *(f"CAM, {title}" for title in r.phases.values())))
-    if not r.true or r.cams.keys() != PHASES.keys():
-        return {}
-    for name, k in with_one_class(r, 100):  # ANALYSIS: with true masks
-        inside = truth(r, name, k)
-        cams = [cam[0].numpy() for cam in cams_of(r, name, *PHASES)]
-        shares.append([inside.mean(), *(cam[inside].sum() / max(cam.sum(), 1e-9) for cam in cams)])
-    shares = dict(zip(("pixels", *PHASES), rounded(np.mean(shares, axis=0), 3)))
-    return {"share on the object, of pixels and of the CAM's mass": shares}
-
-
-def cooccurrence(r, out):
-    """The ablation's table in docs/results.md, drawn; not of this run"""
-    found = read_results((ROOT / "docs/results.md").read_text(encoding="utf-8"))
-    curves = {}
-    for name, at_95 in (("classification", "classification"), ("matching", "matching only"),
-                        ("the method", "the method")):
-        rows = {p: f"co-occurrence {p} %, {name}" for p in (50, 80, 100)} | {95: at_95}
-        curves[name] = tuple(zip(*((p, *found[rows[p]]) for p in sorted(rows))))
-    plot(out / "1_cooccurrence.png", {
-        "curves": curves, "x": "co-occurrence in %", "y": "mIoU of the CAMs, train", "high": 100,
-        "ticks": {p: str(p) for p in rows}})
-    return {}
+def shares(r, out):
+    """ANALYSIS: how much of the photo, and of the CAM after each phase, lies on the object; refined
+    minus matching CAM on the object and beside it"""
+    found, differences = [], defaultdict(list)
+    for name, k in with_one_class(r, r.true, 100):
+        there, cams = truth(r, name, k), [cam[0].numpy() for cam in cams_of(r, name, *PHASES)]
+        found.append([there.mean(), *(cam[there].sum() / max(cam.sum(), 1e-9) for cam in cams)])
+        for kind in ("all", r.split.classes[k]):
+            change = cams[2] - cams[1]
+            differences[kind].append([change[there].mean(), change[~there].mean()])
+    return {"share on the object, of pixels and of the CAM's mass":
+            dict(zip(("pixels", *PHASES), means(found))),
+            "refined minus matching CAM, on the object, beside it":
+            {kind: means(pairs) for kind, pairs in differences.items()}}
 
 
 # ---- 2. The regions CLIP is shown ----------------------------------------------------------------
 
 @torch.no_grad()
 def regions(r, out):
-    (name, k), rows = r.chosen[0], []
+    (name, k), rows, texts = r.chosen[0], [], []
     words = {"class text": r.split.classes[k], "true word": r.words and r.words[k]}
     X = view(r, name)
-    for phase, title in r.phases.items():
-        M, row = mask_of(r, phase, name, k), []
-        for x in (X, M * X, (1 - M) * X):
-            v = r.clip.encode_image(x)
-            told = [f"{words.get(text, text)} {cosine(v, u[k][None]).item():.2f}"
-                    for text, u in r.texts.items()]
-            row.append((as_picture(x[0]), "\n".join(told)))
-        row.insert(1, (in_colours(M[0, 0], "gray", 0, 1), f"after {title}"))
-        rows.append(row)
-    sheet(rows, out / "2_regions.png", ("X", "mask M", "X^f = M X", "X^b = (1 - M) X"), lines=3)
-    return {}
+    for phase in r.phases:
+        cam, _ = forward(r, phase, name)
+        M = region_masks(cam[:, k], X.shape[2:], r.recipe["eps"])               # (1, 1, R, R)
+        shown = X, M * X, (1 - M) * X
+        rows.append([as_picture(x[0]) for x in shown])
+        texts.append(["\n".join(
+            f"{words.get(text, text)} {cosine(r.clip.encode_image(x), u[k]).item():.2f}"
+            for text, u in r.texts.items()) for x in shown])
+        rows[-1].insert(1, GREY(M[0, 0].numpy()))
+        texts[-1].insert(1, "")
+    grid(out / "2_regions.png", rows, ("X", "mask M", "X^f = M X", "X^b = (1 - M) X"),
+         r.phases.values(), texts)
 
 
 # ---- 3. L_match as a curve -----------------------------------------------------------------------
@@ -153,77 +193,56 @@ def regions(r, out):
 def growing(r, out):
     """ANALYSIS: cosines and losses of growing masks: hard ones, and soft ones as S makes them, by
     region_masks of a coarse map. Soft ones end before 2: a constant map has no mask."""
-    voc, photos = recipe_of("voc", "refine", {}), with_one_class(r, 24)
-    kinds = [(f"kept, {text}", text) for text in r.texts] + [("dropped, class text", "class text")]
-    cosines, losses = np.zeros((len(kinds), len(SHARES))), np.zeros((2, 5, len(SHARES)))
-    grid = r.recipe["crop"] // r.generators["match"].backbone.patch
+    own, voc = r.recipe, recipe_of("voc", "refine", {})
+    photos, S = with_one_class(r, r.true, 24), len(SHARES)
+    cosines = [*(f"kept, {text}" for text in r.texts), "dropped, class text"]
+    losses = ["first term", "L_match", "L_refine", "L_total", "L_total, VOC's weights"]
+    values = np.zeros((2, S, len(cosines + losses)))
+    places = own["crop"] // r.generators["match"].backbone.patch
     for name, k in photos:
         hard = growing_masks(torch.from_numpy(truth(r, name, k, (r.clip.resolution,) * 2)))
-        soft = F.adaptive_avg_pool2d(hard, grid)[:, 0]                           # (S, h, w)
-        masks = torch.cat([hard, region_masks(soft, hard.shape[2:], r.recipe["eps"])])
-        X = view(r, name).expand(len(masks), -1, -1, -1)
-        v_f, v_b = embed_masked(r.clip, X, masks)
+        soft = F.adaptive_avg_pool2d(hard, places)[:, 0]                         # (S, h, w)
+        masks = torch.cat([hard, region_masks(soft, hard.shape[2:], own["eps"])])
+        X = view(r, name).expand(len(masks), -1, -1, -1)                         # (2 S, 3, R, R)
         u = {text: u[k][None] for text, u in r.texts.items()}
         if name == photos[0][0]:
-            kept = [(as_picture(x), "") for x in X * masks]
-        for row, (title, text) in zip(cosines, kinds):
-            v = v_f if "kept" in title else v_b
-            row += cosine(v[:len(hard)], u[text]).numpy() / len(photos)
-        for i in range(len(masks)):
-            f, b = v_f[i:i + 1], v_b[i:i + 1]
-            first, own, published = (match_loss(f, b, u["class text"], weight)
-                                     for weight in (0, r.recipe["lambda_b"], voc["lambda_b"]))
-            refine = refine_loss(f, u["prompt"])
-            terms = (first, own, refine, own + r.recipe["lambda_r"] * refine,
-                     published + voc["lambda_r"] * refine)
-            losses[i // len(SHARES), :, i % len(SHARES)] += np.array(terms) / len(photos)
-    losses[1, :, -1] = np.nan
+            kept = [as_picture(x) for x in X * masks]
+        for i, (v_f, v_b) in enumerate(zip(*embed_masked(r.clip, X, masks))):    # (E,) twice
+            v_f, v_b, u_f = v_f[None], v_b[None], u["class text"]
+            first, L_match, published = (match_loss(v_f, v_b, u_f, weight)
+                                         for weight in (0, own["lambda_b"], voc["lambda_b"]))
+            L_refine = refine_loss(v_f, u["prompt"])
+            values[i // S, i % S] += [x.item() / len(photos) for x in (
+                *(cosine(v_f, text) for text in u.values()), cosine(v_b, u_f), first, L_match,
+                L_refine, L_match + own["lambda_r"] * L_refine,
+                published + voc["lambda_r"] * L_refine)]
+    values[1, -1] = np.nan
     shown = [SHARES.index(share) for share in (0.25, 0.5, 1, 1.25, 1.5, 2)]
-    sheet([[kept[i] for i in shown], [kept[len(SHARES) + i] for i in shown[:-1]]],
-          out / "3_masks.png", [f"kept: {SHARES[i]:g}" for i in shown])
-    names = ("first term", "L_match", "L_refine", "L_total", "L_total, VOC's weights")
-    axis = {"x": "kept: 1 = the object, 2 = the whole photo", "mark": (1, "the object"),
-            "ticks": {x: f"{x:g}" for x in (0.1, 0.5, 1, 1.5, 2)}}
-    cosines = {title: row for (title, _), row in zip(kinds, cosines)}
-    hard, soft = (dict(zip(names, rows)) for rows in losses)
-    plot(out / "3_growing.png", axis | {
-        "curves": {title: (SHARES, row) for title, row in cosines.items()}, "y": "cosine",
-        "high": 1})
-    plot(out / "3_losses.png", *(axis | {
-        "curves": {title: (SHARES, row) for title, row in rows.items()}, "y": "loss",
-        "title": title, "high": 1.05 * np.nanmax(losses)}
-        for title, rows in (("hard masks", hard), ("soft masks", soft))))
+    grid(out / "3_masks.png", [[kept[i] for i in shown], [kept[S + i] for i in shown[:-1]]],
+         [f"kept: {SHARES[i]:g}" for i in shown], ("hard masks", "soft masks"))
+    hard, soft = (dict(zip(cosines + losses, rows.T)) for rows in values)
+    axis = {"x": "kept: 1 = the object, 2 = the whole photo", "xticks": (0.1, 0.5, 1, 1.5, 2)}
+    plot(out / "3_growing.png", {"hard masks": {key: (SHARES, hard[key]) for key in cosines}},
+         y="cosine", ylim=(0, 1), **axis)
+    plot(out / "3_losses.png", {title: {key: (SHARES, rows[key]) for key in losses}
+                                for title, rows in (("hard masks", hard), ("soft masks", soft))},
+         y="loss", ylim=(0, 1.05 * np.nanmax(values)), **axis)
     at = {f"{share:g}": SHARES.index(share) for share in (0.5, 1, 1.5, 2)}
-    return {f"growing, {title}": {name: {x: None if np.isnan(row[i]) else round(row[i], 2)
-                                         for x, i in at.items()} for name, row in rows.items()}
-            for title, rows in (("cosines", cosines), ("hard", hard), ("soft", soft))}
-
-
-@torch.no_grad()
-def floors(r, out):
-    """ANALYSIS: the class text against 20 pictures of its background alone and against a blank"""
-    rng, pairs = np.random.default_rng(0), []
-    for background, u in zip(r.words, r.texts["class text"]):
-        X = np.stack([toy.scene(rng, [(None, background)])[0] for _ in range(20)])
-        X = toy.normalized(torch.from_numpy(X).movedim(3, 1), CLIP_MEAN, CLIP_STD)
-        pairs.append([cosine(r.clip.encode_image(x), u[None]).mean().item()
-                      for x in (X, torch.zeros_like(X[:1]))])
-    table = dict(zip(r.split.classes, pairs)) | {"all": np.mean(pairs, axis=0)}
-    return {"class text against its background, a blank":
-            {name: rounded(row, 2) for name, row in table.items()},
-            "second term of L_match there": rounded(
-                (-r.recipe["lambda_b"] * math.log(1 - x) for x in table["all"]), 2)}
+    return {title: {key: {share: None if np.isnan(row[i]) else round(row[i], 2)
+                          for share, i in at.items()} for key, row in rows.items()}
+            for title, rows in (("growing, hard masks", hard), ("growing, soft masks", soft))}
 
 
 # ---- 4. What the prompts learn -------------------------------------------------------------------
 
 def prompts(r, out):
     """What the phase has logged, and the nouns nearest to the learned prompts"""
-    rows = log_of(r.cam / "prompts.jsonl")
+    log = (r.cam / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in log]
     curves = {f"{key}{what}": ([row["epoch"] for row in rows], [row[key] for row in rows])
               for key, what in (("sim(v_b, u_b)", ", pulled up"), ("sim(v_f, u_b)", ""),
                                 ("sim(u_f, u_b)", ", pushed down a little"))}
-    plot(out / "4_prompts.png", {"curves": curves, "x": "epoch", "y": "cosine", "high": 1})
+    plot(out / "4_prompts.png", {"": curves}, "epoch", "cosine", ylim=(0, 1))
     lines = (r.cam / "prompts.txt").read_text(encoding="utf-8").splitlines()
     return {"nouns nearest to the prompt": dict(line.split(": ") for line in lines)}
 
@@ -232,97 +251,53 @@ def prompts(r, out):
 
 def removes(r, out):
     """For each class the photo, of the first 300 with one class, whose CAM refinement changes most
-    (mean squared difference); of a run without exports, the chosen ones"""
-    found, rows, slopes = {}, [], []
-    exported = {"match", "refine"} <= r.cams.keys() and r.true
-    for name, k in with_one_class(r, 300) if exported else r.chosen:
-        n = r.split.labels[name][:k].sum()
-        before, after = (cams[n:n + 1] for cams in cams_of(r, name, "match", "refine"))
-        change = (before - after).square().mean().item()
+    (mean squared difference)"""
+    found = {}
+    for name, k in with_one_class(r, r.split.names, 300):
+        before, after = cams_of(r, name, "match", "refine")                      # (1, H, W) twice
+        change = (after - before).square().mean().item()
         if change > found.get(k, (-1,))[0]:
-            found[k] = change, name, before, after
-    for k, (_, name, before, after) in sorted(found.items()):
-        photo = r.split.image(name)
-        cells = (photo, heat(np.array(photo), before), heat(np.array(photo), after),
-                 in_colours((before - after)[0], "RdBu_r", -0.3, 0.3))
-        rows.append([(cell, "") for cell in cells])
-        M, *gradients = mask_gradients(r, name, k)
-        most = max(abs(g).max() for g in gradients)
-        cells = (as_picture(view(r, name)[0]), in_colours(M, "gray", 0, 1),
-                 *(in_colours(g, "RdBu_r", -most, most).resize(M.shape, Image.NEAREST)
-                   for g in gradients))
-        slopes.append([(cell, "") for cell in cells])
-    sheet(rows, out / "5_removes.png", ("photo", "CAM, matching", "CAM, refined", "difference"),
-          bars=[CAM_BAR, ("RdBu_r", -0.3, 0.3, "matching minus refined")])
-    head = ("X", "M of matching", "dL_match / dM", "lambda_R dL_refine/dM", "dL_total / dM")
-    sheet(slopes, out / "5_gradients.png", head,
-          bars=[("RdBu_r", -1, 1, "gradient on M, over the greatest of the photo")])
-    if not exported:
-        return {}
-    difference, shares = defaultdict(list), []
-    for name, k in with_one_class(r, 100):  # ANALYSIS: with true masks
-        before, after = (cam[0].numpy() for cam in cams_of(r, name, "match", "refine"))
-        inside, (_, *gradients) = truth(r, name, k), mask_gradients(r, name, k)
-        for kind in ("all", r.split.classes[k]):
-            difference[kind].append([(after - before)[at].mean() for at in (inside, ~inside)])
-        inside = torch.from_numpy(inside).float()[None, None]
-        inside = F.adaptive_avg_pool2d(inside, gradients[0].shape)[0, 0]         # (h, w), shares
-        shares.append([[(inside * part).sum() / part.sum().clamp(min=1e-12)
-                        for part in (g.clamp(min=0), (-g).clamp(min=0))] for g in gradients])
-    table = {kind: rounded(np.mean(pairs, axis=0), 3) for kind, pairs in sorted(difference.items())}
-    shares = zip(("L_match", "L_refine", "sum"), np.mean(shares, axis=0))
-    return {"refined minus matching CAM, on the object, beside it": table,
-            "gradient on the object, share of red, of blue":
-            {name: rounded(row, 2) for name, row in shares}}
+            found[k] = change, r.split.image(name), before, after
+    rows = [[photo, heat(photo, before), heat(photo, after),
+             SIGNED((0.5 + (after - before)[0] / 0.6).numpy())]
+            for _, (_, photo, before, after) in sorted(found.items())]
+    grid(out / "5_removes.png", rows, ("photo", "matching", "refinement", "difference"),
+         bars=[(slice(1, 3), (HEAT, 0, 1, "CAM")), (slice(3, 4), (SIGNED, -0.3, 0.3, ""))])
 
 
 def gains(r, out):
-    """ANALYSIS: IoU of each class; what becomes of the pixels that refinement changes; mIoU with
-    only what it removes, and with only what it adds"""
-    counts, changed, pixels, C = defaultdict(int), np.zeros((2, 2)), 0, 1 + len(r.split.classes)
+    """ANALYSIS: mIoU of the labels of both phases, and of matching's labels with only what
+    refinement removes, with only what it adds"""
+    counts = defaultdict(int)
     for name in r.true:
-        present, true = r.split.labels[name].nonzero()[0], labels_of(r, name)
-        match, refine = (score_labels(cams, present, BACKGROUND_SCORE)
+        match, refine = (score_labels(cams, r.split.present(name), BACKGROUND_SCORE)
                          for cams in cams_of(r, name, "match", "refine"))
         for key, labels in (("matching", match), ("refinement", refine),
                             ("only removed", np.where(refine == 0, 0, match)),
                             ("only added", np.where(match == 0, refine, match))):
-            counts[key] = counts[key] + confusion_matrix(labels, true, C)
-        pixels += (true < 255).sum()
-        for row, place in zip(changed, (true == 0, (true > 0) & (true < 255))):
-            row += [(place & (now == true) & (was != true)).sum()
-                    for now, was in ((refine, match), (match, refine))]
-    ious = {key: 100 * iou(matrix) for key, matrix in counts.items()}
-    names = ("mean", "background", *r.split.classes)
-    return {"IoU": {key: dict(zip(names, rounded((np.nanmean(ious[key]), *ious[key]), 1)))
-                    for key in ("matching", "refinement")},
-            "mIoU": {key: round(float(np.nanmean(x)), 1) for key, x in ious.items()},
-            "pixels that become right, become wrong, in percent": {
-                place: rounded(100 * row / pixels, 1)
-                for place, row in zip(("background", "object"), changed)}}
+            counts[key] += confusion_matrix(labels, labels_of(r, name), 1 + len(r.split.classes))
+    return {GAINS: {key: round(100 * np.nanmean(iou(matrix)), 1) for key, matrix in counts.items()}}
 
 
 # ---- 6. From CAM to mask -------------------------------------------------------------------------
 
 def crf(r, out):
-    rows, preset = [], PRESETS["voc"]
+    rows, preset, steps = [], PRESETS["voc"], (0, 1, 3, 10)
     for name, _ in r.chosen[::2]:
-        present, photo = r.split.labels[name].nonzero()[0], r.split.image(name)
+        present, photo = r.split.present(name), r.split.image(name)
         photo.thumbnail((256, 256))  # a large photo takes long
-        (cams,), cells = cams_of(r, name, "refine"), [photo]
-        cams = F.interpolate(cams[None], size=photo.size[::-1], mode="bilinear")[0]
-        stacked = torch.cat([torch.full_like(cams[:1], BACKGROUND_SCORE), cams])
-        prob = hard_unary(stacked.argmax(0), len(stacked))
-        for steps in (0, 1, 3, 10):
+        cams = F.interpolate(cams_of(r, name, "refine")[0][None], size=photo.size[::-1],
+                             mode="bilinear")[0]
+        prob = hard_unary(with_background(cams, BACKGROUND_SCORE).argmax(0), 1 + len(present))
+        rows.append([photo])
+        for n in steps:
             Q = dense_crf(torch.from_numpy(np.array(photo)), prob, preset["gaussian"],
-                          preset["bilateral"], iterations=steps)
-            cells.append(coloured(np.array([0, *(1 + present)], np.uint8)[Q.argmax(0).numpy()]))
+                          preset["bilateral"], iterations=n)
+            labels = np.array([0, *(1 + present)], np.uint8)[Q.argmax(0).numpy()]
+            rows[-1].append(coloured(labels))
         if name in r.true:
-            cells.append(coloured(labels_of(r, name)))
-        rows.append([(cell, "") for cell in cells])
-    sheet(rows, out / "6_crf.png", ("photo", "CRF, 0 steps", "1 step", "3 steps", "10 steps",
-                                    *["truth"] * (len(rows[0]) == 6)))
-    return {}
+            rows[-1].append(coloured(labels_of(r, name)))
+    grid(out / "6_crf.png", rows, ("photo", *(f"{n} steps" for n in steps), "truth"))
 
 
 # ---- 7. From masks to a model --------------------------------------------------------------------
@@ -330,60 +305,37 @@ def crf(r, out):
 def model(r, out):
     """Pseudo mask and prediction. ANALYSIS, on the toy world: of the first 24 photos, the three
     where the model is better than its pseudo mask by most, and the worst; else the first four"""
-    segmenter, name, side, _ = load_segmenter(r.seg)
-    recipe = TEST[name] | {"side": side}
-    found, told, gain = [], ("",) * 4, 0
+    segmenter, recipe, side, _ = load_segmenter(r.seg)
+    test, found = TEST[recipe] | {"side": side}, []
     for name in r.split.names[:24 if r.words else 4]:
         photo, teacher = r.split.image(name), labels_of(r, name, "masks")
-        predicted = predict_labels(segmenter, photo, recipe, True, CPU)
-        cells = [photo, coloured(teacher), coloured(predicted)]
+        predicted = predict_labels(segmenter, photo, test, True, torch.device("cpu"))
+        cells, texts, gain = [photo, coloured(teacher), coloured(predicted)], [], 0
         if r.words:
             true = labels_of(r, name)
-            right = [float((each == true).mean()) for each in (teacher, predicted)]
-            told = ("", *(f"{share:.0%} of pixels right" for share in right), "")
-            gain, cells = right[1] - right[0], [*cells, coloured(true)]
-        found.append((gain, name, list(zip(cells, told))))
+            right = [float((labels == true).mean()) for labels in (teacher, predicted)]
+            cells, gain = [*cells, coloured(true)], right[1] - right[0]
+            texts = ["", *(f"{share:.0%} right" for share in right), ""]
+        found.append((gain, name, cells, texts))
+    better = f"{sum(gain > 0 for gain, *_ in found)} of {len(found)}"
     if r.words:
-        better = f"{sum(gain > 0 for gain, _, _ in found)} of {len(found)}"
         found.sort(key=lambda row: row[:2])
         found = [*found[:-4:-1], found[0]]
-    head = ("photo", "pseudo mask", "prediction", "truth")
-    sheet([row for _, _, row in found], out / "7_model.png", head[:3 + bool(r.words)], lines=1)
+    *_, rows, texts = zip(*found)
+    grid(out / "7_model.png", rows, ("photo", "pseudo mask", "prediction", "truth"), texts=texts)
     return {"model better than its pseudo mask": better} if r.words else {}
 
 
-# ---- Curves of the trainings, and the page -------------------------------------------------------
-
-def log_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def trainings(r, out):
-    """A picture of what each training logs -> {file: caption}"""
-    logs = {}
-    for path in sorted([*r.folder.glob("*.jsonl"), *r.folder.glob("*/*.jsonl")]):
-        rows, name = log_of(path), path.relative_to(r.folder).as_posix()
-        keys = list(rows[0])[list(rows[0]).index("epoch") + 1:list(rows[0]).index("lr")]
-        curves = {key: ([row["step"] for row in rows], [row[key] for row in rows]) for key in keys}
-        file = f"log_{name[:-6].replace('/', '_')}.png"
-        plot(out / file, {"curves": curves, "x": "step", "y": "loss, cosine" if "sim" in str(keys)
-                          else "loss"})
-        logs[file] = f"The log {name}."
-    return logs
-
+# ---- The page ------------------------------------------------------------------------------------
 
 SECTIONS = {  # what draws: what it needs
-    strip: "", inside: "vit", looks: "classify", cooccurrence: "true word",
-    regions: "", growing: "match,prompt,true masks", floors: "true word", prompts: "log",
-    removes: "match,refine,prompt", gains: "true masks,cams of match,cams of refine",
-    crf: "cams of refine", model: "seg,pseudo masks"}
+    strip: "", inside: "vit", shares: "true masks,classify,match,refine", regions: "",
+    growing: "match,prompt,true masks", prompts: "log", removes: "cams of match,cams of refine",
+    gains: "true masks,cams of match,cams of refine", crf: "cams of refine",
+    model: "seg,pseudo masks"}
 CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what it shows
     "1_inside.png": ("Inside the mask generator", "Of one photo: the coarse map, the attention of "
                      "the class token and of the marked patch, the fine map."),
-    "1_looks.png": ("What a classifier looks at", "A photo of each class, the classifier's "
-                    "probabilities, CAMs."),
-    "1_cooccurrence.png": ("", "mIoU of the CAMs, mean and deviation; hollow: one seed. Not of "
-                           "this run: from docs/results.md."),
     "2_regions.png": ("The regions CLIP is shown", "Mask, kept and dropped region of a photo, "
                       "cosines to texts. A true background word is analysis."),
     "3_masks.png": ("L_match as a curve", "A mask grows from the middle of the true object (1: its "
@@ -391,59 +343,47 @@ CAPTIONS = {  # picture: heading, or "" where it goes with the one before; what 
     "3_growing.png": ("", "Cosines of these masks, means of 24 photos (analysis only)."),
     "3_losses.png": ("", "The losses of these masks (analysis only)."),
     "4_prompts.png": ("What the prompts learn", "Cosines during prompt learning, from its log."),
-    "5_removes.png": ("What refinement removes", "For each class the photo that refinement "
-                      "changes most. Red: removed. Blue: added."),
-    "5_gradients.png": ("", "Gradients on the mask of matching. Red: a smaller mask lowers the "
-                        "loss. Blue: a larger one does."),
+    "5_removes.png": ("What refinement removes", "For each class the photo that refinement changes "
+                      "most. Difference: refined minus matching; red is raised, blue lowered."),
     "6_crf.png": ("From CAM to mask", "The dense CRF after 0, 1, 3 and 10 steps; truth, if known "
                   "(analysis)."),
     "7_model.png": ("From masks to a model", "Pseudo mask and prediction; with truth, the three "
-                    "photos on which the model is better by most, and the worst (analysis)."),
+                    "largest gains over the pseudo mask, then the largest loss (analysis)."),
 }
-STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
-figure { margin: 1rem 0; } figcaption { color: #444; } figure div, .table { overflow-x: auto; }
-img { max-width: 100%; height: auto; } img.wide { min-width: 34rem; }
-td { padding: 0.1rem 0.8rem 0.1rem 0; }"""
+STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem }
+figure { margin: 1rem 0 } figcaption { color: #444 } img { max-width: 100%; height: auto }
+td { padding: 0.1rem 0.8rem 0.1rem 0 }"""
 
 
-def page(r, tables, logs):
+def page(r, tables):
     """RUN/index.html: plain HTML, pictures beside it, no scripts, nothing from the network"""
     def figure(file, text):
-        wide = ' class="wide"' * (Image.open(r.folder / file).width > 540)
-        file, text = html.escape(file), html.escape(text)
-        return (f'<figure><div><img{wide} src="{file}" alt="{text}"></div>'
-                f"<figcaption>{text}</figcaption></figure>")
+        return (f'<figure><img src="{file}" alt="{html.escape(text)}">'
+                f"<figcaption>{html.escape(text)}</figcaption></figure>")
 
     def table(title, rows):
-        rows = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
-        rows = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f'<p>{title}:</p><div class="table"><table>{rows}</table></div>'
+        rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(cell))}</td></tr>"
+                       for name, cell in rows.items())
+        return f"<p>{title}:</p><table>{rows}</table>"
 
     body = ["<h1>SemPLeS, a run</h1>", "<p>The method, section by section, with these pictures on "
             "the toy world: docs/method.md.</p>"]
     if "demo" in r.has:
         scores = json.loads((r.folder / "table.json").read_text())
-        body.append(table("mIoU in percent", ((title, f"{scores[key]:.1f}")
-                                               for key, title in TABLE.items())))
-    body.append(figure("strip.png", "Photo; CAM after each phase; pseudo mask; truth, if known "
-                       "(analysis)."))
-    if found := tables.get("one batch of matching"):
-        body.append(table("One batch of matching: what its functions return", found.items()))
+        body.append(table("mIoU in percent", {title: f"{scores[key]:.1f}"
+                                              for key, title in TABLE.items()}))
+    body.append(figure("strip.png", STRIP))
+    below = {"4_prompts.png": "nouns nearest to the prompt", "5_removes.png": GAINS}
     for file, (heading, text) in CAPTIONS.items():
         if (r.folder / "companion" / file).is_file():
             body += [f"<h2>{heading}</h2>"] * bool(heading) + [figure(f"companion/{file}", text)]
-        if file == "4_prompts.png" and (found := tables.get("nouns nearest to the prompt")):
-            body.append(table("The nouns nearest to each class's prompt", found.items()))
-        if file == "5_gradients.png" and (found := tables.get("IoU")):
-            body.append(table("IoU of the CAMs in percent (analysis only)", [
-                ("", *found), *((key, *(row[key] for row in found.values()))
-                                for key in found["matching"])]))
-    body += ["<h2>Trainings</h2>", *(figure(f"companion/{file}", t) for file, t in logs.items())]
+            if found := tables.get(below.get(file)):
+                body.append(table(below[file], found))
     with writing(r.folder / "index.html") as temporary:
         temporary.write_text(
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>SemPLeS</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>\n{STYLE}\n</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n",
+            f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n",
             encoding="utf-8")
 
 
@@ -463,24 +403,23 @@ def parse_args(argv=None):
 
 def main(args):
     r, out, tables = open_run(args), args.run / "companion", {}
-    for picture in out.glob("*.png"):
-        picture.unlink()
-    if "classify" in r.has:
-        tables["one batch of matching"] = one_batch(r)
+    for path in (args.run / "strip.png", args.run / "index.html"):
+        if path.exists() and not (out / "made_of.json").is_file():
+            raise InputError(f"{path}: no run of ours made it, as companion/made_of.json is not "
+                             "there; move it away")
+    claim(out, CAPTIONS, {"companion": r.split.digest}, reads=r.split.folders)
     for section, needs in SECTIONS.items():
         if {need for need in needs.split(",") if need} <= r.has:
-            tables |= section(r, out)
-            print(f"{section.__name__}: drawn", flush=True)
-    logs = trainings(r, out)
+            tables |= section(r, out) or {}
+            print(f"{section.__name__}: done", flush=True)
     with writing(out / "tables.json") as temporary:
         temporary.write_text(json.dumps(tables, indent=1) + "\n")
-    page(r, tables, logs)
+    page(r, tables)
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
         for name in ("tables.json", *CAPTIONS):
             shutil.copy(out / name, args.figures)
-    print(f"{args.run / 'index.html'}: {len(list(out.glob('*.png'))) + 1} pictures, tables in "
-          f"{out / 'tables.json'}")
+    print(f"{args.run / 'index.html'}: its pictures and tables.json are in {out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One photo, one mask, no generator: why matching leaks, and what refinement does about it.
 
 The mask is a coarse grid of logits, up-sampled. It minimises L_match [eq. 1], then L_total [eq. 3]
-with a background word, or a prompt of train_cam.py, as the toy recipe weights it. Reads no mask.
+with a background word, or a prompt of train_cam.py, weighted as on the toy world. Reads no mask.
 
   python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky
                                   --image runs/toy/data/images/train_00038.jpg
@@ -9,39 +9,67 @@ with a background word, or a prompt of train_cam.py, as the toy recipe weights i
 """
 import argparse
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip  # noqa: E402
-from common import InputError, read_checkpoint, read_image, run  # noqa: E402
+from common import InputError, read_checkpoint, read_image, run, writing  # noqa: E402
 from mask_generator import scaled_input  # noqa: E402
-from pictures import save_gif  # noqa: E402
-from train_cam import (  # noqa: E402
-    clip_view, cosine, embed_masked, match_loss, recipe_of, refine_loss)
+from train_cam import clip_view, cosine, match_loss, refine_loss  # noqa: E402
 
-GRID, LR, EVERY, RECIPE = 8, 0.1, 5, recipe_of("toy", "refine", {})  # EVERY: steps between frames
 
+# ---- The method on one photo ---------------------------------------------------------------------
 
 def optimise(clip, X, u_f, u_b, steps):
-    """X (1, 3, R, R), u (1, E), steps of each loss -> masks (frames, 1, R, R)"""
-    z, masks, far = torch.zeros(1, 1, GRID, GRID, requires_grad=True), [], clip.visual.patch // 2
-    optimizer, random = torch.optim.Adam([z], LR), torch.Generator().manual_seed(0)
+    """X (1, 3, R, R), u_f and u_b (1, E), steps of each loss -> masks (2 steps + 1, 1, R, R)"""
+    torch.manual_seed(0)
+    z = torch.zeros(1, 1, 8, 8, requires_grad=True)  # logits of a coarse mask
+    optimizer, masks = torch.optim.Adam([z], lr=0.1), []
     for step in range(2 * steps + 1):
         M = F.interpolate(z, size=X.shape[2:], mode="bilinear").sigmoid()        # (1, 1, R, R)
         masks.append(M.detach())
-        # Without shifts, of up to half a patch, the mask fits noise that only CLIP responds to
-        shift = torch.randint(-far, far + 1, (2,), generator=random).tolist()
-        v_f, v_b = embed_masked(clip, X.roll(shift, (2, 3)), M.roll(shift, (2, 3)))  # (1, E)
-        loss = match_loss(v_f, v_b, u_f, RECIPE["lambda_b"])                     # [eq. 1]
-        loss = loss + (step >= steps) * RECIPE["lambda_r"] * refine_loss(v_f, u_b)  # [eq. 3]
-        z.grad = torch.autograd.grad(loss, z)[0]  # of z alone: CLIP is frozen
+        # Without shifts of up to half a patch the mask fits noise that only CLIP responds to
+        shift = torch.randint(-clip.visual.patch // 2, clip.visual.patch // 2 + 1, (2,)).tolist()
+        x, m = X.roll(shift, (2, 3)), M.roll(shift, (2, 3))
+        v_f = clip.encode_image(m * x)                       # kept region       # (1, E)
+        v_b = clip.encode_image((1 - m) * x)                 # dropped region    # (1, E)
+        loss = match_loss(v_f, v_b, u_f, lambda_b=0.75)                          # [eq. 1]
+        if step >= steps:
+            loss = loss + 1.0 * refine_loss(v_f, u_b)                            # [eq. 3]
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
-    return torch.cat(masks[::EVERY])
+    return torch.cat(masks)
 
+
+# ---- The picture ---------------------------------------------------------------------------------
+
+def draw(X, masks, steps, cosines):
+    """X (3, R, R), the masks so far (n, 1, R, R), cosines of all {name: (N,)} -> a frame"""
+    figure = Figure((7, 5.6), layout="constrained")
+    axes = figure.subplot_mosaic([["photo", "mask", "kept region"], 3 * ["cosines"]])
+    for name, x in (("photo", X), ("mask", masks[-1]), ("kept region", masks[-1] * X)):
+        if len(x) == 3:
+            x = (x.movedim(0, 2) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)).clamp(0, 1)
+        axes[name].imshow(x.squeeze().numpy(), "turbo", vmin=0, vmax=1)
+        axes[name].set(title=name, xticks=[], yticks=[])
+    for (name, values), style in zip(cosines.items(), ("C0-", "C0:", "C1-", "C1:")):
+        axes["cosines"].plot(values, style, label=name)
+    axes["cosines"].axvline(steps, color="grey", label="refinement begins")
+    axes["cosines"].axvline(len(masks) - 1, color="black", label="this picture")
+    axes["cosines"].set(xlabel="step", ylabel="cosine")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(png := BytesIO(), dpi=100)
+    return Image.open(png).convert("RGB")
+
+
+# ---- Command line --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Optimises the mask of one photo through CLIP.")
@@ -57,34 +85,27 @@ def parse_args(argv=None):
 
 
 def main(args):
-    photo, clip = read_image(args.image), load_clip(args.clip)
-    X = clip_view(clip, scaled_input(photo, 1, 1, 10 ** 6))                      # (1, 3, R, R)
-    u_f, u_b = class_texts(clip, [args.name, args.background or ""]).split(1)  # (1, E)
+    clip = load_clip(args.clip)
+    X = clip_view(clip, scaled_input(read_image(args.image), 1, 1, 10 ** 6))     # (1, 3, R, R)
+    u_f, u_b = class_texts(clip, [args.name, args.background or ""]).split(1)    # (1, E) twice
     if args.prompts:
         state = read_checkpoint(args.prompts, "u_b", "train_cam.py --phase prompts writes it")
         if state["record"]["clip"] != clip.sha256 or args.name not in state["classes"]:
             raise InputError(f"{args.prompts}: expected the --clip that made it, and a --class of "
                              + ", ".join(state["classes"]))
         u_b = state["u_b"][state["classes"].index(args.name)][None]              # (1, E)
-    masks, b = optimise(clip, X, u_f, u_b, args.steps), args.background or "prompt"
-    v_f, v_b = embed_masked(clip, X.expand(len(masks), -1, -1, -1), masks)       # (frames, E)
-    curves = {f"sim({region}, {text})": cosine(v, u) for text, u in ((args.name, u_f), (b, u_b))
-              for region, v in (("kept", v_f), ("dropped", v_b))}
-    seen, figures = torch.cat([X, masks * X]).permute(0, 2, 3, 1), []            # (n, R, R, 3)
-    seen = (seen * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)).clamp(0, 1).numpy()
-    for i, M in enumerate(masks):
-        figures.append(Figure((7, 5.6), dpi=100, layout="constrained"))
-        axes = figures[i].subplot_mosaic([["photo", "mask (red: 1)", "kept region"], 3 * ["c"]])
-        for (name, ax), picture in zip(axes.items(), (seen[0], M[0].numpy(), seen[1 + i])):
-            ax.imshow(picture, "turbo", vmin=0, vmax=1, extent=(0, photo.width, photo.height, 0))
-            ax.set(title=name, xticks=[], yticks=[])
-        for (name, curve), style in zip(curves.items(), ("C0-", "C0:", "C1-", "C1:")):
-            axes["c"].plot(range(0, 2 * args.steps + 1, EVERY), curve, style, label=name)
-        axes["c"].axvline(args.steps, color="grey", label="refinement begins")
-        axes["c"].axvline(EVERY * i, color="black", label="this picture")
-        axes["c"].set(xlabel="step", ylabel="cosine")
-        figures[i].legend(loc="outside lower center", ncols=3)
-    save_gif(figures, args.out)
+    masks = optimise(clip, X, u_f, u_b, args.steps)                              # (n, 1, R, R)
+    cosines = {}
+    for region, x in (("kept", masks * X), ("dropped", (1 - masks) * X)):
+        v = clip.encode_image(x)                                                 # (n, E)
+        for text, u in ((args.name, u_f), (args.background or "prompt", u_b)):
+            cosines[f"sim({region}, {text})"] = cosine(v, u)
+    frames = [draw(X[0], masks[:n], args.steps, cosines) for n in range(1, len(masks) + 1, 5)]
+    palette = frames[len(frames) // 2].quantize(255)  # one for all: what stays takes no space
+    first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
+    with writing(args.out) as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=others, loop=0,
+                   duration=[100] * len(others) + [3000])
 
 
 if __name__ == "__main__":
