@@ -257,7 +257,7 @@ def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
     with torch.no_grad():
         cam, _ = generator(image)                                       # (B, K, h, w)
         v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])
-    u_b, u_f = prompts(clip, k), u_f[k]                                       # (N, E), (N, E)
+    u_b, u_f = prompts(clip, k), u_f[k]                                 # (N, E), (N, E)
     loss = prompt_loss(v_b, u_b, u_f, recipe["lambda_t"], recipe["repel"], v_f)
     return {"loss": loss, "sim(v_b, u_b)": pair_mean(cosine(v_b, u_b)),
             "sim(u_f, u_b)": pair_mean(cosine(u_f, u_b)),

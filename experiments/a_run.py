@@ -15,7 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
 from clip_model import class_texts, load_clip  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_cams, read_checkpoint, read_labels)
+    IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_checkpoint, read_labels)
+from make_pseudo import read_cams  # noqa: E402
 from mask_generator import load_generator, photo_cams, scaled_input  # noqa: E402
 from train_cam import clip_view, load_prompts, recipe_of, region_masks  # noqa: E402
 

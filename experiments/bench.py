@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import train_cam  # noqa: E402
 import train_seg  # noqa: E402
 from clip_model import CLIP, tokenize  # noqa: E402
-from common import autocast  # noqa: E402
+from common import mixed_precision  # noqa: E402
 from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary  # noqa: E402
 from mask_generator import (  # noqa: E402
     AttentionFusion, MaskGenerator, ViT, photo_cams, scaled_input)
@@ -124,7 +124,7 @@ def bench_clip(args):
     show(f"milliseconds, batch {args.batch}, {args.device}", "ours", "theirs", "ratio")
     for title, call in (("image forward", image), ("text forward, 20 sentences", text),
                         ("image forward + backward", lambda m: backward(m, x))):
-        with autocast(torch.device(args.device), "auto"):
+        with mixed_precision(torch.device(args.device), "auto")[0]:
             show(title, *race(lambda: call(ours), lambda: call(theirs), args))
     show("MiB, image forward + backward", *(peak_of(args, side) for side in ("ours", "theirs")))
 
@@ -219,7 +219,7 @@ def build_side(args, official):
     m = Namespace(clip=clip, official=official, device=torch.device(args.device),
                   generator=MaskGenerator(ViT(**sizes), K).to(args.device),
                   segmenter=train_seg.Segmenter(ViT(**sizes), K + 1).to(args.device),
-                  prompts=train_cam.Prompts(clip, K, 30).to(args.device),
+                  prompts=train_cam.Prompts(K, 30, clip.text_width).to(args.device),
                   image=torch.randn(args.batch, 3, side, side).to(args.device),
                   labels=torch.zeros(args.batch, K), precision=args.precision,
                   large=torch.randn(4, 3, crop, crop).to(args.device),
@@ -297,7 +297,7 @@ def one_step(m, phase):
     if phase in ("match", "refine"):
         m.generator.train_through_clip()
     model = {"prompts": m.prompts, "segmentation": m.segmenter}.get(phase, m.generator)
-    with autocast(m.device, m.precision):
+    with mixed_precision(m.device, m.precision)[0]:
         value = (official_loss if m.official else our_loss)(
             m, phase, train_cam.recipe_of("voc", phase, {}))
     value.backward()
