@@ -127,6 +127,9 @@ def test_maps_beyond_0_and_1_are_scaled(tmp_path):
     for values, expected in (([-2.0, 0, 6], [0, 0.25, 1]), ([0.5, 1.0005], [0.5, 1])):
         np.save(tmp_path / "a.npy", {3: np.array([values])}, allow_pickle=True)
         assert foreign_cams(tmp_path / "a.npy", [3])[0].tolist() == [expected]
+    ranges = {3: np.array([[-2.0, 0, 6]]), 5: np.array([[0, 15, 20.0]])}  # each by its own
+    np.save(tmp_path / "a.npy", ranges, allow_pickle=True)
+    assert foreign_cams(tmp_path / "a.npy", [5, 3])[:, 0].tolist() == [[0, 0.75, 1], [0, 0.25, 1]]
 
 
 @pytest.mark.parametrize("content", [
