@@ -62,8 +62,8 @@ def test_slow_one_step_by_hand():
     assert Q[0, 0, 0].item() == pytest.approx(a / (a + b), abs=1e-6)
 
 
-@pytest.mark.parametrize("preset, kernels", {  # as published: (sxy, weight), (sxy, srgb, weight)
-    "voc": ((4, 3), (83, 5, 3)), "irn": ((3, 3), (50, 5, 10)), "prob": ((1, 3), (67, 3, 4))}.items())
+@pytest.mark.parametrize("preset, kernels", [  # as published: (sxy, weight), (sxy, srgb, weight)
+    ("voc", ((4, 3), (83, 5, 3))), ("irn", ((3, 3), (50, 5, 10))), ("prob", ((1, 3), (67, 3, 4)))])
 def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
     """0.7 for the winner, which may be background, or the scores divided by their sum"""
     image, maps = scene(40, 50)

@@ -80,7 +80,8 @@ def linear(x, p, name):
 def block_by_hand(x, p):
     """Tokens (T, D) -> (T, D), the map of every head, its features: channels a, a + A, a + 2A"""
     D, A = x.shape[1], x.shape[1] // 64
-    q, k, v = (linear(norm(x, p, "norm1"), p, "attn.qkv").view(-1, 3, A, 64)[:, i] for i in range(3))
+    qkv = linear(norm(x, p, "norm1"), p, "attn.qkv")
+    q, k, v = (each.view(-1, A, 64) for each in qkv.split(D, dim=1))
     maps = [(q[:, a] @ k[:, a].T / 8).softmax(1) for a in range(A)]
     heads = torch.cat([m @ v[:, a] for a, m in enumerate(maps)], dim=1)
     written = linear(heads, p, "attn.proj")
@@ -136,7 +137,7 @@ def test_drop_path_grows_over_the_blocks():
 
 
 def test_positions_keep_their_order_on_another_grid():
-    """A ramp of embeddings stays a ramp, down the rows in one channel and along them in the other"""
+    """A ramp of embeddings stays a ramp, in one channel of rows, in the other of columns"""
     vit = ViT(4, 64, 0, (3, 5))
     y, x = torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij")
     with torch.no_grad():
@@ -193,7 +194,7 @@ def test_resnet_equals_torchvisions_and_cams_by_hand(tmp_path):
 # ---- CAMs of a whole photo -----------------------------------------------------------------------
 
 class Ramp:
-    """A generator whose map of class k is channel k of the patches times their column: 0, 1, 2..."""
+    """A generator whose map of class k is channel k of the patches times their column, 0, 1, .."""
 
     backbone = SimpleNamespace(patch=4)
 
