@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, error_line, files_in
+from conftest import TINY, call, error_line, files_in
 from PIL import Image
 
 CAM = ("train_cam --data {w}/data --split few --clip {w}/clip.pt --vit {w}/vit.pth --resnet "
@@ -144,3 +144,32 @@ def test_bad_file(kind, title, world, tmp_path, capsys):
     line = error_line(capsys, *command.format(w=kept).split())
     assert line.startswith(f"error: {kept / file}: "), line
     assert not [name for name in files_in(kept) if "executed" in name or ".writing." in name]
+
+
+class Scripted(torch.nn.Module):
+    """TorchScript whose code says so if it runs, which it does while it is loaded"""
+
+    @torch.jit.export
+    def __getstate__(self) -> int:
+        return 0
+
+    @torch.jit.export
+    def __setstate__(self, state: int):
+        self.training = False
+        print("executed")
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of TorchScript
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_torchscript_is_not_run(kind, world, tmp_path, capsys):
+    """torch.load of torch before 2.6 runs it, with weights_only=True too."""
+    file, command = KINDS[kind]
+    kept = shutil.copytree(world, tmp_path / "w")
+    torch.jit.script(Scripted()).save(kept / file)
+    with pytest.raises(SystemExit):
+        call(*command.format(w=kept).split())
+    out, line = capsys.readouterr()
+    assert line.startswith(f"error: {kept / file}: ") and "executed" not in out
