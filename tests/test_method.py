@@ -2,7 +2,7 @@
 beside train_cam.py."""
 import json
 import shutil
-from math import log, sqrt
+from math import exp, log, sqrt
 
 import numpy as np
 import pytest
@@ -157,6 +157,17 @@ def test_steps_equal_the_losses_pair_by_pair(clip, repel):
             "prompts": train_cam.prompt_step(lambda k: u_b[k], image, labels, recipe, stub,
                                              **texts)}.items():
         assert n == 3 and values["loss"].item() == pytest.approx(sums[name].item() / 3, rel=1e-4)
+
+
+def test_classification_step_by_hand():
+    """The mean over photos, classes and the predictions of S"""
+    tokens, fine, labels = torch.tensor([[[2.0, -1], [0, 3]], [[1, 1], [-2, 0]], [[1, 0], [1, 1]]])
+    logits = {"tokens": tokens, "fine": fine}
+    values, n = train_cam.classification_step(lambda x: (None, logits), torch.zeros(2), labels, {})
+    right = {"tokens": (2, 1, 0, 3), "fine": (1, -1, -2, 0)}  # the logit, or minus it where y is 0
+    hand = {name: sum(log(1 + exp(-z)) for z in row) / 4 for name, row in right.items()}
+    assert n == 2 and {name: x.item() for name, x in values.items()} == pytest.approx(
+        hand | {"loss": sum(hand.values()) / 2})
 
 
 @pytest.mark.parametrize("phase", ["match", "prompts", "refine"])

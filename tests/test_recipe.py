@@ -240,7 +240,7 @@ def test_sgd_by_hand(one_process):
 
 
 def test_two_processes_equal_one_of_the_segmentation(toy, one_process):
-    """With SGD, which a factor of the gradient moves elsewhere (AdamW hides it)"""
+    """With SGD, which a factor of the gradient moves elsewhere (AdamW hides it). Measured 5e-7"""
     root, _, trained, *_ = one_process
     code = """import sys
 sys.path.insert(0, "tests")
