@@ -206,7 +206,8 @@ def test_segments_of_every_format(data, tmp_path, capsys):
         call("foreign", "--data", data, "--segments", tmp_path / kind, "--out", out)
         for name in SHOWN:
             with Image.open(out / f"{name}.png") as picture:
-                assert picture.mode == "I;16" and np.array_equal(np.array(picture), expected)
+                assert picture.mode in ("I;16", "I")  # so Pillow 10 calls 16 bits
+                assert np.array_equal(np.array(picture), expected)
     pseudo_masks(data, tmp_path / "ours", tmp_path / "masks", "--segments", out)
     labels = np.array(Image.open(tmp_path / "masks/a.png"))
     assert all(len(set(labels[expected == segment])) == 1 for segment in (1, 2, 3))
@@ -218,7 +219,8 @@ def test_segments_of_every_format(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("content, why", [
     ("[{", "JSONDecode"), ([[60000, 60000], [3600000000]], "of size"),
-    ([SIZE, [2**62] * 4 + [252]], ""), ([SIZE, "o" * 30], ""), (MAP[None] > 0, "array of bool"),
+    ([SIZE, [2**62] * 4 + [252]], "run lengths"), ([SIZE, [100, 100]], "run lengths"),
+    ([SIZE, [-1, 253]], "run lengths"), ([SIZE, "o" * 30], ""), (MAP[None] > 0, "array of bool"),
     (np.zeros((2, *SIZE)), "array of float64"), (MAP, "more than 512 MB")])
 def test_segments_that_do_not_fit_are_refused(content, why, data, tmp_path, capsys):
     path = tmp_path / "sam/a.npz"
