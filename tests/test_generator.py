@@ -24,6 +24,9 @@ def test_load_vit_uses_every_key(toy, tmp_path):
     assert loaded.keys() == {key for key in state if not key.startswith("head.")}
     assert all(torch.equal(loaded[key], state[key]) for key in loaded)
     assert (vit.patch, vit.width, len(vit.blocks), vit.grid) == (4, 128, 4, (16, 16))
+    S = MaskGenerator(vit, 3)  # every class starts as [CLS], at its place
+    for name, start in (("class_tokens", "cls_token"), ("class_positions", "pos_embed")):
+        assert getattr(S, name).equal(state[start][:, :1].expand(1, 3, 128))
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "bare.pth")  # no "model"
     assert load_vit(tmp_path / "bare.pth").norm.weight.dtype == torch.float32
     less = {key: value for key, value in state.items() if key != "norm.bias"}
