@@ -173,7 +173,7 @@ def test_classification_step_by_hand():
 @pytest.mark.parametrize("phase", ["match", "prompts", "refine"])
 def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, monkeypatch):
     """The text of a class is that of its words; S stands still in prompts and drops paths where it
-    trains, others in every step."""
+    trains, others in every step and process."""
     seen, name = [], f"{phase.removesuffix('s') if phase == 'prompts' else phase}_step"
     step = getattr(train_cam, name)
 
@@ -184,12 +184,14 @@ def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, 
     monkeypatch.setattr(train_cam, name, watched)
     names = (root / "classes.txt").read_text().split()
     (root / "classes.txt").write_text("boat: steam ship\n" + "\n".join(names[1:]))
-    out = shutil.copytree(chain / "cam", tmp_path / "cam")
-    cam(out, "--phase", phase, data=root)
+    for rank in (0, 1):
+        monkeypatch.setattr(train_cam, "RANK", rank)
+        out = shutil.copytree(chain / "cam", tmp_path / f"rank {rank}")
+        cam(out, "--phase", phase, data=root)
     texts = load_clip(toy / "clip.pt").encode_text(tokenize(
         [f"a photo of {words}." for words in ("steam ship", *names[1:])]))
-    assert [training for training, *_ in seen] == [phase != "prompts"] * 3
-    assert len({number for _, number, _ in seen}) == 3
+    assert [training for training, *_ in seen] == [phase != "prompts"] * 6
+    assert len({number for _, number, _ in seen}) == 6
     assert all(torch.allclose(u_f, texts, atol=1e-5) for *_, u_f in seen)
 
 

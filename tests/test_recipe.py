@@ -239,6 +239,20 @@ def test_sgd_by_hand(one_process):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_every_step_and_process_drops_others(toy, one_process, tmp_path, monkeypatch):
+    """Of drop path and dropout, by the random numbers that a step begins with"""
+    numbers, step = [], train_seg.segmentation_step
+
+    def watched(*args):
+        numbers.append(torch.rand(()).item())
+        return step(*args)
+    monkeypatch.setattr(train_seg, "segmentation_step", watched)
+    for rank in (0, 1):
+        monkeypatch.setattr(train_seg, "RANK", rank)
+        voc_like(toy, tmp_path / str(rank), one_process[0] / "labels")
+    assert len(set(numbers)) == len(numbers) == 6
+
+
 def test_two_processes_equal_one_of_the_segmentation(toy, one_process):
     """With SGD, which a factor of the gradient moves elsewhere (AdamW hides it). Measured 5e-7"""
     root, _, trained, *_ = one_process
