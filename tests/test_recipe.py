@@ -128,6 +128,21 @@ def test_prompts_alone_see_plain_crops(phase, tmp_path):
     assert crops[0, 1][1].tolist() == [0, 1]
 
 
+def test_crops_have_any_side_and_at_least_the_recipes_area(tmp_path):
+    """Red tells the column, green the row: how much of the photo a view shows, and which way"""
+    split, recipe = two_photos(tmp_path), recipe_of("voc", "prompts", {"crop": 32}) | {"seed": 0}
+    y, x = np.mgrid[:240, :240].astype(np.uint8)
+    Image.fromarray(np.stack([x, y, x], axis=2)).save(tmp_path / "b.png")
+    for min_area in (0.08, 0.6):
+        crops = train_cam.Crops(split, recipe | {"min_area": min_area})
+        views = torch.stack([crops[epoch, 1][0] for epoch in range(40)])
+        rgb = views * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255 / 240      # without the mean
+        width, height = rgb[:, 0, 16, -1] - rgb[:, 0, 16, 0], rgb[:, 1, -1, 16] - rgb[:, 1, 0, 16]
+        area = (width.abs() * height.abs()) * (32 / 31) ** 2
+        assert (width > 0).any() and (width < 0).any() and (height > 0).all()
+        assert min_area - 0.03 < area.min() < min_area + 0.1 and area.max() > 0.85
+
+
 def two_photos(root):
     """a.png of one colour, which shows class x, b.png of many, which shows y"""
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
@@ -379,11 +394,13 @@ def test_views_of_the_segmentation(toy, tmp_path):
     split = Split(toy / "data", "train")
     recipe = seg_recipe("toy") | {"crop": 80, "scale": (1, 1), "seed": 0}
     i = next(i for i, name in enumerate(split.names) if split.image(name).size == (64, 64))
-    image, labels = train_seg.Labelled(split, toy / "data/masks", recipe)[0, i]
+    photos = train_seg.Labelled(split, toy / "data/masks", recipe)
+    image, labels = photos[0, i]
     truth = torch.from_numpy(read_labels(toy / f"data/masks/{split.names[i]}.png", None, 7)).long()
     assert (image[:, 64:] == 0).all() and (image[:, :, 64:] == 0).all() and image[:, :64, :64].any()
     assert (labels[64:] == 255).all() and (labels[:, 64:] == 255).all()
     assert labels[:64, :64].equal(truth) or labels[:64, :64].equal(truth.flip(1))
+    assert {photos[epoch, i][1][:64, :64].equal(truth) for epoch in range(12)} == {True, False}
     model = Segmenter(ViT(8, 64, 1, (4, 4)), 5)
     block = model.blocks[0]
     assert block.norm1.eps == block.norm2.eps == 1e-5 and (block.attn.qkv.bias == 0).all()
