@@ -329,8 +329,8 @@ def read_cams(folder, name, present, size):
                          "1]; export them again, or convert another program's with "
                          "prepare/foreign.py") from None
     # By Pillow: the last bit of F.interpolate depends on the number of threads, and a PNG must not
-    maps = [Image.fromarray(cam).resize(size[::-1], Image.BILINEAR) for cam in maps]
-    return torch.from_numpy(np.array(maps))
+    maps = [np.asarray(Image.fromarray(cam).resize(size[::-1], Image.BILINEAR)) for cam in maps]
+    return torch.from_numpy(np.stack(maps))
 
 
 def read_segments(folder, name, size):

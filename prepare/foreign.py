@@ -198,6 +198,8 @@ def read_masks(path, size):
         if tuple(runs["size"]) != size:  # before the memory for it is taken
             raise ValueError(f"a segment of size {runs['size']}")
         if isinstance(runs["counts"], list):
+            if min(runs["counts"]) < 0 or sum(runs["counts"]) != size[0] * size[1]:
+                raise ValueError("run lengths of another size")  # NumPy 1 would cut them to 32 bits
             runs = coco_mask.frPyObjects(runs, *size)
         yield coco_mask.decode(runs) > 0
 

@@ -11,7 +11,6 @@ COCO's 90 category ids, the ten that name no class.
 import argparse
 import re
 import sys
-from _codecs import encode  # torch 2.4 does not allow it by itself
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def allow_numbers():
         def scalar(dtype, value):
             """Called in place of NumPy's function of this name: nobody needs the number"""
         scalar.__module__, scalar.__qualname__ = module, "scalar"
-        torch.serialization.add_safe_globals([scalar, np.dtype, type(np.dtype(float)), encode])
+        torch.serialization.add_safe_globals([scalar, np.dtype, type(np.dtype(float))])
 
 
 def rename(state, names):

@@ -18,7 +18,8 @@ from conftest import call, error, moved
 from PIL import Image
 
 import clip_model
-from clip_model import load_clip, nearest_words, preprocess, read_nouns, tokenize, tokenizer
+from clip_model import (
+    class_texts, load_clip, nearest_words, preprocess, read_nouns, tokenize, tokenizer)
 from common import InputError, fetch_weights
 
 # As the reference orders them: embed_dim, resolution, layers, width, patch, context, vocabulary,
@@ -46,12 +47,16 @@ def reference_model(sizes):
     return model
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def pair(request, tmp_path_factory):
+def pair_of(size, path):
     """(ours, theirs, file), the file a state dict in half precision [detail L3]"""
-    theirs, path = reference_model(SIZES[request.param]), tmp_path_factory.mktemp("clip") / "c.pt"
+    theirs = reference_model(SIZES[size])
     torch.save({key: value.half() for key, value in theirs.state_dict().items()}, path)
     return load_clip(path), theirs, path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return pair_of("small", tmp_path_factory.mktemp("clip") / "c.pt")
 
 
 def images(clip, n):
@@ -71,21 +76,28 @@ def after_every_block(model, tower, encode, x):
 
 
 @torch.no_grad()
-def test_towers_after_every_block(pair):
-    """Texts of unequal length. [detail L2]: the last block gives only the token that is read, the
-    others nothing behind the longest [EOT]."""
-    clip, theirs, _ = pair
+@pytest.mark.parametrize("size", SIZES)
+def test_towers_after_every_block(size, tmp_path):
+    """Texts of unequal length, cut behind the longest [EOT] [detail L2]"""
+    clip, theirs, _ = pair_of(size, tmp_path / "c.pt")
     for tower, encode, x, longest in [
-            ("visual.transformer", "encode_image", images(clip, 3), clip.visual.grid ** 2 + 1),
+            ("visual.transformer", "encode_image", images(clip, 3), None),
             ("transformer", "encode_text", tokenize(TEXTS), 77),
             ("transformer", "encode_text", tokenize(TEXTS[1:4]), 13)]:
-        *ours, last, features = after_every_block(clip, tower, encode, x)
-        *blocks, their_last, their_features = after_every_block(theirs, tower, encode, x)
-        for i, (a, b) in enumerate(zip(ours, blocks, strict=True)):
+        *blocks, features = after_every_block(clip, tower, encode, x)
+        *their_blocks, their_features = after_every_block(theirs, tower, encode, x)
+        for i, (a, b) in enumerate(zip(blocks, their_blocks, strict=True)):
             assert error(a, b.transpose(0, 1)[:, :longest]) < TOLERANCE, f"{tower} {i}"
-        read = x.argmax(dim=1) if encode == "encode_text" else torch.zeros(3, dtype=torch.long)
-        assert error(last[:, 0], their_last[read, torch.arange(len(x))]) < TOLERANCE
         assert error(features, their_features) < TOLERANCE
+
+
+@torch.no_grad()
+def test_class_texts_are_the_literal_sentence(pair):
+    """Another sentence ("a photo of a cat."), or texts in another order"""
+    clip, theirs, _ = pair
+    words = [f"{noun} {i}" for i, noun in enumerate(read_nouns()[:260])]  # more than a batch
+    expected = theirs.encode_text(tokenize([f"a photo of {word}." for word in words]))
+    assert error(class_texts(clip, words), expected) < TOLERANCE
 
 
 def reference_prompts(theirs, vectors):

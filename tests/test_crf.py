@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import read_cams
-from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary
+from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary, pseudo_mask
 
 GOLDEN = np.load(Path(__file__).with_name("crf_golden.npz"))  # of make_crf_golden.py
 CRF_PRESETS = ["voc", "irn", "prob"]
@@ -59,6 +60,25 @@ def test_slow_one_step_by_hand():
     b = 0.1 * math.exp(2 * (0.1 + e * 0.6) / (1 + e))
     Q = dense_crf_slow(image, prob, gaussian=(1, 2), bilateral=None, iterations=1)
     assert Q[0, 0, 0].item() == pytest.approx(a / (a + b), abs=1e-6)
+
+
+@pytest.mark.parametrize("preset, kernels", [  # as published: (sxy, weight), (sxy, srgb, weight)
+    ("voc", ((4, 3), (83, 5, 3))), ("irn", ((3, 3), (50, 5, 10))), ("prob", ((1, 3), (67, 3, 4)))])
+def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
+    """0.7 for the winner, which may be background, or the scores divided by their sum"""
+    image, maps = scene(40, 50)
+    maps = maps[:2] / maps[:2].amax()
+    scores = torch.cat([torch.full((1, 40, 50), 0.43), maps])
+    winner, unary = scores.argmax(0), torch.full((3, 40, 50), 0.15)
+    for y in range(40):
+        for x in range(50):
+            unary[winner[y, x], y, x] = 0.7
+    Q = dense_crf(image, unary if preset != "prob" else scores / scores.sum(0), *kernels)
+    found, raw = (pseudo_mask(image.numpy(), maps, np.array([1, 4]), 0.43, name, CPU)
+                  for name in (preset, "none"))
+    numbers = np.array([0, 2, 5], np.uint8)
+    assert np.array_equal(found, numbers[Q.argmax(0)]) and np.array_equal(raw, numbers[winner])
+    assert set(found.flat) == {0, 2, 5} and 0.005 < (found != raw).mean() < 0.5
 
 
 @settings(max_examples=15, deadline=None)

@@ -16,7 +16,7 @@ from torchmetrics import JaccardIndex
 import eval
 from common import Split, read_image, write_labels
 from eval import confusion_matrix, iou, predict
-from make_pseudo import score_labels
+from make_pseudo import average_in_segments, score_labels
 from mask_generator import ViT
 from train_seg import Segmenter
 
@@ -82,6 +82,16 @@ def test_score_labels_by_hand():
     assert score_labels(cams[:0], np.array([], int), 0.5).tolist() == [[0] * 3]
 
 
+def test_average_in_segments_by_hand():
+    """[eq. P2] Segment 1 has the mean 0.4, segment 3 one pixel; pixels of none keep their own."""
+    cams = torch.tensor([[[0.2, 0.6, 0.9], [0.1, 0.3, 0.5]]])
+    segments = torch.tensor([[1, 1, 0], [3, 0, 0]])
+    expected = torch.tensor([[[0.4, 0.4, 0.9], [0.1, 0.3, 0.5]]])
+    torch.testing.assert_close(average_in_segments(cams, segments), expected)
+    both = torch.cat([cams, 1 - cams])  # each map by itself
+    torch.testing.assert_close(average_in_segments(both, segments)[1], 1 - expected[0])
+
+
 RECIPE = eval.TEST["toy"] | {"side": 64, "scales": (1, 1.5)}
 
 
@@ -106,6 +116,20 @@ def test_predict_any_size(W, H, segmenter):
     mirrored = predict(model, photo.transpose(Image.FLIP_LEFT_RIGHT), RECIPE, True, CPU)
     torch.testing.assert_close(mirrored.flip(2), prob, atol=1e-6, rtol=0)  # measured 1e-7
     assert model(torch.randn(2, 3, H, W)).shape == (2, 4, H, W)
+
+
+def test_a_large_photo_is_predicted_small(monkeypatch):
+    """On a view of at most LARGEST pixels; labels of the photo's size, none blended"""
+    def halves(model, view, *_):
+        assert view.size == (16, 10)
+        prob = torch.zeros(4, 10, 16)
+        prob[0, :, :8] = prob[3, :, 8:] = 1
+        return prob
+    monkeypatch.setattr(eval, "LARGEST", 16)
+    monkeypatch.setattr(eval, "predict", halves)
+    for crf in ("none", "voc"):
+        labels = eval.predict_labels(None, Image.new("RGB", (40, 24)), {"crf": crf}, True, CPU)
+        assert np.array_equal(labels, np.repeat([[0, 3]], 20, axis=1).repeat(24, axis=0))
 
 
 def test_any_photos_are_predicted(segmenter, tmp_path, capsys):

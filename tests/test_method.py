@@ -2,7 +2,7 @@
 beside train_cam.py."""
 import json
 import shutil
-from math import log, sqrt
+from math import exp, log, sqrt
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ import torch
 from conftest import PHASES, TINY, moved, run_script
 
 import train_cam
-from clip_model import CLIP_MEAN, CLIP_STD, load_clip
+from clip_model import CLIP_MEAN, CLIP_STD, load_clip, tokenize
 from common import IMAGENET_MEAN, IMAGENET_STD, InputError, Split
-from mask_generator import MaskGenerator, load_vit
+from mask_generator import MaskGenerator, load_resnet, load_vit
 from train_cam import (
     cosine, embed_regions, match_loss, prompt_loss, refine_loss, region_masks)
 
@@ -123,6 +123,85 @@ def test_regions_of_a_batch_equal_pair_by_pair(clip, shown, H, W):
                                    torch.cat(single[:2]), atol=3e-5, rtol=2e-5)  # measured 3e-6
 
 
+# ---- The steps -----------------------------------------------------------------------------------
+
+def region_by_hand(clip, image, cam, eps, kept):
+    """One photo (3, H, W), one map (h, w) -> v^f, or v^b"""
+    X = train_cam.clip_view(clip, image[None])
+    M = region_masks(cam[None], X.shape[2:], eps)
+    return clip.encode_image((M if kept else 1 - M) * X)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("repel", ["text", "image"])
+def test_steps_equal_the_losses_pair_by_pair(clip, repel):
+    """Three phases with fixed maps: every pair has the text and the prompt of its own class, its
+    own regions, the recipe's weights and eps."""
+    torch.manual_seed(0)
+    labels, image = torch.tensor([[0, 1, 0], [1, 0, 1.0]]), torch.randn(2, 3, 64, 64)
+    cams, u_f, u_b = torch.rand(2, 3, 8, 8), torch.rand(3, 64) + 0.1, torch.rand(3, 64)
+    recipe = {"eps": 0.3, "lambda_b": 2.4, "lambda_r": 0.5, "lambda_t": 0.7, "repel": repel}
+    sums = {"match": 0, "refine": 0, "prompts": 0}
+    for b, k in ((0, 1), (1, 0), (1, 2)):
+        v_f, v_b = (region_by_hand(clip, image[b], cams[b, k], 0.3, kept) for kept in (True, False))
+        sim = lambda a, b: torch.cosine_similarity(a, b, dim=-1).clamp(1e-4, 1 - 1e-4)  # noqa: E731
+        match = -sim(v_f, u_f[k]).log() - 2.4 * (1 - sim(v_b, u_f[k])).log()
+        sums["match"] += match
+        sums["refine"] += match - 0.5 * (1 - sim(v_f, u_b[k])).log()
+        other = u_f[k] if repel == "text" else v_f
+        sums["prompts"] += -sim(v_b, u_b[k]).log() - 0.7 * (1 - sim(other, u_b[k])).log()
+    stub, texts = (lambda x: (cams, {})), {"clip": clip, "u_f": u_f}
+    for name, (values, n) in {
+            "match": train_cam.match_step(stub, image, labels, recipe, **texts),
+            "refine": train_cam.refine_step(stub, image, labels, recipe, **texts, u_b=u_b),
+            "prompts": train_cam.prompt_step(lambda k: u_b[k], image, labels, recipe, stub,
+                                             **texts)}.items():
+        assert n == 3 and values["loss"].item() == pytest.approx(sums[name].item() / 3, rel=1e-4)
+
+
+def test_classification_step_by_hand():
+    """The mean over photos, classes and the predictions of S"""
+    tokens, fine, labels = torch.tensor([[[2.0, -1], [0, 3]], [[1, 1], [-2, 0]], [[1, 0], [1, 1]]])
+    logits = {"tokens": tokens, "fine": fine}
+    values, n = train_cam.classification_step(lambda x: (None, logits), torch.zeros(2), labels, {})
+    right = {"tokens": (2, 1, 0, 3), "fine": (1, -1, -2, 0)}  # the logit, or minus it where y is 0
+    hand = {name: sum(log(1 + exp(-z)) for z in row) / 4 for name, row in right.items()}
+    assert n == 2 and {name: x.item() for name, x in values.items()} == pytest.approx(
+        hand | {"loss": sum(hand.values()) / 2})
+
+
+@pytest.mark.parametrize("phase", ["match", "prompts", "refine"])
+def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, monkeypatch):
+    """The text of a class is that of its words; S stands still in prompts and drops paths where it
+    trains, others in every step and process."""
+    seen, name = [], f"{phase.removesuffix('s') if phase == 'prompts' else phase}_step"
+    step = getattr(train_cam, name)
+
+    def watched(model, image, labels, recipe, **frozen):
+        S = frozen.get("generator", model)
+        seen.append((S.training, torch.rand(()).item(), frozen["u_f"]))
+        return step(model, image, labels, recipe, **frozen)
+    monkeypatch.setattr(train_cam, name, watched)
+    names = (root / "classes.txt").read_text().split()
+    (root / "classes.txt").write_text("boat: steam ship\n" + "\n".join(names[1:]))
+    for rank in (0, 1):
+        monkeypatch.setattr(train_cam, "RANK", rank)
+        out = shutil.copytree(chain / "cam", tmp_path / f"rank {rank}")
+        cam(out, "--phase", phase, data=root)
+    texts = load_clip(toy / "clip.pt").encode_text(tokenize(
+        [f"a photo of {words}." for words in ("steam ship", *names[1:])]))
+    assert [training for training, *_ in seen] == [phase != "prompts"] * 6
+    assert len({number for _, number, _ in seen}) == 6
+    assert all(torch.allclose(u_f, texts, atol=1e-5) for *_, u_f in seen)
+
+
+def test_prompts_start_between_0_and_1(clip):
+    torch.manual_seed(0)
+    vectors = train_cam.Prompts(clip, 6, 30).vectors
+    assert vectors.shape == (6, 30, 128) and vectors.min() >= 0 and vectors.max() < 1
+    assert vectors.std().item() == pytest.approx(12 ** -0.5, rel=0.02)
+
+
 # ---- What each phase trains ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -158,6 +237,20 @@ def test_only_what_the_phase_trains_moves(phase, toy, chain, cam, tmp_path, monk
                    *(f"backbone.{part}" for part in ("patch", "pos", "blocks")))
     expected = {name for name in start if name.startswith(trained)}
     assert touched == moved(start, saved[phase]["generator"]) == expected
+
+
+def test_all_of_a_cnn_trains_in_every_phase(toy, cam, tmp_path):
+    """Batch norm alone stands still."""
+    flags = ["--generator", "resnet", "--resnet", toy / "resnet.pth"]
+    saved = [cam(tmp_path, *flags, "--phase", phase) for phase in PHASES][-1]
+    start = saved["classify"]["generator"]
+    convolutions = {name for name, weight in start.items() if weight.dim() == 4}
+    before = load_resnet(toy / "resnet.pth").state_dict()
+    backbone = {name[9:]: x for name, x in start.items() if name.startswith("backbone.")}
+    trained = {f"backbone.{name}" for name in moved(before, backbone)}
+    assert trained | {"head.weight"} == convolutions
+    for phase in ("match", "refine"):
+        assert moved(start, saved[phase]["generator"]) == convolutions
 
 
 def test_refinement_without_its_loss_is_matching(chain, cam, tmp_path):

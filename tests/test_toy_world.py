@@ -1,8 +1,12 @@
-"""The toy world's own claim"""
+"""The toy world's own claim, and that its flags do what they say"""
+import numpy as np
+import pytest
 import toy as toy_world
 import torch
+import torch.nn.functional as F
+from conftest import call
 
-from clip_model import load_clip, read_nouns
+from clip_model import class_texts, load_clip, read_nouns
 
 PAIRS = dict(zip(toy_world.OBJECTS, toy_world.BACKGROUNDS, strict=True))
 
@@ -20,3 +24,29 @@ def test_curves_carry_the_papers_story(toy):
     assert seen == sorted(seen) and as_background[6] > as_background[0] + 0.4
     assert as_class[6] < alone - 0.2
     assert not set(toy_world.FILLERS) & {*read_nouns(), *toy_world.THINGS}  # they mean nothing
+
+
+@pytest.mark.parametrize("cooccurrence", [0.95, 0.3])
+def test_objects_stand_on_their_own_background_as_often_as_asked(cooccurrence, tmp_path,
+                                                                 monkeypatch):
+    """Counted on 200 scenes; one of six other draws is the own background too"""
+    drawn, nothing = [], (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8))
+    monkeypatch.setattr(toy_world, "scene", lambda rng, pairs: (drawn.extend(pairs), nothing)[1])
+    pairs = PAIRS | {"boat": "grass", "cow": "water"}
+    toy_world.write_data(tmp_path, pairs, 200, 0, 0, cooccurrence)
+    share = sum(ground == pairs[name] for name, ground in drawn) / len(drawn)
+    assert share == pytest.approx(cooccurrence + (1 - cooccurrence) / 6, abs=0.08)
+    assert len(drawn) == pytest.approx(260, abs=30)  # three scenes in ten show two objects
+
+
+@torch.no_grad()
+def test_swapped_pairs_swap_what_words_mean(tmp_path, monkeypatch):
+    """The whole command, with a shorter training of the text tower: "boat" comes to mean grass"""
+    fit = toy_world.fit
+    monkeypatch.setattr(toy_world, "fit", lambda title, parameters, loss, steps, peak, weight_decay:
+                        torch.enable_grad()(fit)(title, parameters, loss, 20, peak, weight_decay))
+    call("toy", "--out", tmp_path, "--train", 1, "--val", 1, "--pairs", "boat:grass,cow:water")
+    clip = load_clip(tmp_path / "clip.pt")
+    u = F.normalize(class_texts(clip, ["boat", "cow", "water", "grass"]), dim=1)
+    (boat_water, boat_grass), (cow_water, cow_grass) = (u[:2] @ u[2:].T).tolist()
+    assert boat_grass > boat_water + 0.1 and cow_water > cow_grass + 0.1
