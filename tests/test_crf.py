@@ -10,8 +10,8 @@ from conftest import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import read_cams
-from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary, pseudo_mask
+from make_pseudo import (
+    PRESETS, dense_crf, dense_crf_slow, hard_unary, pseudo_mask, read_cams)
 
 GOLDEN = np.load(Path(__file__).with_name("crf_golden.npz"))  # of make_crf_golden.py
 CRF_PRESETS = ["voc", "irn", "prob"]

@@ -154,7 +154,7 @@ def test_steps_equal_the_losses_pair_by_pair(clip, repel):
     for name, (values, n) in {
             "match": train_cam.match_step(stub, image, labels, recipe, **texts),
             "refine": train_cam.refine_step(stub, image, labels, recipe, **texts, u_b=u_b),
-            "prompts": train_cam.prompt_step(lambda k: u_b[k], image, labels, recipe, stub,
+            "prompts": train_cam.prompt_step(lambda _, k: u_b[k], image, labels, recipe, stub,
                                              **texts)}.items():
         assert n == 3 and values["loss"].item() == pytest.approx(sums[name].item() / 3, rel=1e-4)
 
@@ -197,7 +197,7 @@ def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, 
 
 def test_prompts_start_between_0_and_1(clip):
     torch.manual_seed(0)
-    vectors = train_cam.Prompts(clip, 6, 30).vectors
+    vectors = train_cam.Prompts(6, 30, clip.text_width).vectors
     assert vectors.shape == (6, 30, 128) and vectors.min() >= 0 and vectors.max() < 1
     assert vectors.std().item() == pytest.approx(12 ** -0.5, rel=0.02)
 

@@ -211,7 +211,8 @@ def voc_like(toy, out, labels):
     model = Segmenter(train_seg.load_backbone(f"{toy}/vit.pth", recipe | {"drop_path": 0}), 7)
     start = deepcopy(model)
     photos = train_seg.Labelled(Split(f"{toy}/data", "train"), labels, recipe)
-    train_seg.train(model, photos, recipe, args, device).finish(segmenter=model.state_dict())
+    journal = train_seg.train(model, train_seg.segmentation_step, photos, recipe, args, device)
+    journal.finish(segmenter=model.state_dict())
     end_processes()
     return start, model, photos, recipe
 
@@ -237,7 +238,7 @@ def test_sgd_by_hand(one_process):
         rate = 0.1 + 0.4 * (1 - step / 3) ** 0.9
         image, labels = map(torch.stack, zip(*(photos[place] for place in order[step])))
         log_p, known = model(image).log_softmax(1), labels != 255
-        losses = -log_p.gather(1, labels.where(known, 0)[:, None])[:, 0] * known     # (4, 48, 48)
+        losses = -log_p.gather(1, labels.long().where(known, 0)[:, None])[:, 0] * known     # (4, 48, 48)
         tiles = losses.detach().view(4, 4, 12, 4, 12).mean(dim=(0, 2, 4))
         bound = tiles.clamp(min=losses.mean().item())
         bound = bound.repeat_interleave(12, 0).repeat_interleave(12, 1)
