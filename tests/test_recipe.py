@@ -238,7 +238,8 @@ def test_sgd_by_hand(one_process):
         rate = 0.1 + 0.4 * (1 - step / 3) ** 0.9
         image, labels = map(torch.stack, zip(*(photos[place] for place in order[step])))
         log_p, known = model(image).log_softmax(1), labels != 255
-        losses = -log_p.gather(1, labels.long().where(known, 0)[:, None])[:, 0] * known     # (4, 48, 48)
+        picked = log_p.gather(1, labels.long().where(known, 0)[:, None])[:, 0]
+        losses = -picked * known                                                     # (4, 48, 48)
         tiles = losses.detach().view(4, 4, 12, 4, 12).mean(dim=(0, 2, 4))
         bound = tiles.clamp(min=losses.mean().item())
         bound = bound.repeat_interleave(12, 0).repeat_interleave(12, 1)
