@@ -180,14 +180,16 @@ def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, 
     def watched(model, image, labels, recipe, **frozen):
         S = frozen.get("generator", model)
         seen.append((S.training, torch.rand(()).item(), frozen["u_f"]))
+        assert S.backbone.blocks[-1].drop_path == (0 if phase == "prompts" else 0.25)
         return step(model, image, labels, recipe, **frozen)
     monkeypatch.setattr(train_cam, name, watched)
+    drop = [] if phase == "prompts" else ["--set", "drop_path=0.25"]
     names = (root / "classes.txt").read_text().split()
     (root / "classes.txt").write_text("boat: steam ship\n" + "\n".join(names[1:]))
     for rank in (0, 1):
         monkeypatch.setattr(train_cam, "RANK", rank)
         out = shutil.copytree(chain / "cam", tmp_path / f"rank {rank}")
-        cam(out, "--phase", phase, data=root)
+        cam(out, "--phase", phase, *drop, data=root)
     texts = load_clip(toy / "clip.pt").encode_text(tokenize(
         [f"a photo of {words}." for words in ("steam ship", *names[1:])]))
     assert [training for training, *_ in seen] == [phase != "prompts"] * 6

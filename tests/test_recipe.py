@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, PHASES, TINY, error_line, run_script
+from conftest import CPU, PHASES, TINY, call, error_line, run_script
 from PIL import Image
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
@@ -254,6 +254,20 @@ def test_sgd_by_hand(one_process):
                     gradient + 0.9 * speed[name])
     for (name, expected), found in zip(model.state_dict().items(), trained.state_dict().values()):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_recipes_drop_path_and_dropout_reach_the_model(toy, tmp_path, monkeypatch):
+    rates, step = [], train_seg.segmentation_step
+
+    def watched(model, *args):
+        rates.extend([model.backbone.blocks[-1].drop_path, model.blocks[1].dropout])
+        return step(model, *args)
+    monkeypatch.setattr(train_seg, "segmentation_step", watched)
+    for key, rate in (("drop_path", 0.25), ("dropout", 0.5)):
+        monkeypatch.setitem(train_seg.TABLE, key, (0, 0, rate))
+    call("train_seg", "--data", toy / "data", "--labels", toy / "data/masks", "--vit",
+         toy / "vit.pth", "--out", tmp_path, *TINY, "--steps", 1)
+    assert rates == [0.25, 0.5]
 
 
 def test_every_step_and_process_drops_others(toy, one_process, tmp_path, monkeypatch):

@@ -11,8 +11,10 @@ from conftest import (
     PHASES, TINY, call, check_label_png, error_line, files_in, moved, run_script)
 from PIL import Image
 from test_prepare import voc_root
+
 import eval
 import train_seg
+from clip_model import class_texts, load_clip
 from common import Journal, Split, read_changes, write_labels
 from mask_generator import MaskGenerator, ViT
 
@@ -21,7 +23,7 @@ OBJECTS = ["boat", "train", "bird", "cow", "car", "bottle"]
 
 # ---- The whole chain -----------------------------------------------------------------------------
 
-def test_checkpoints_logs_and_words(chain):
+def test_checkpoints_logs_and_words(toy, chain):
     """On data without masks, so no stage before eval.py opened one; nothing is left over."""
     assert not (chain / "data/masks").exists()
     files = {*(f"{phase}.{end}" for phase in PHASES for end in ("pt", "jsonl")), "prompts.txt"}
@@ -37,8 +39,12 @@ def test_checkpoints_logs_and_words(chain):
                    for row in rows)
     lines = (chain / "cam/prompts.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in lines] == OBJECTS
-    for line in lines:
+    clip, u_b = load_clip(toy / "clip.pt"), torch.load(chain / "cam/prompts.pt")["u_b"]
+    for k, line in enumerate(lines):
         cosines = [float(part.split()[-1]) for part in line.split(": ")[1].split(", ")]
+        best = line.split(": ")[1].split(" 0.")[0]
+        nearest = torch.cosine_similarity(class_texts(clip, [best])[0], u_b[k], dim=0).item()
+        assert nearest == pytest.approx(cosines[0], abs=6e-4)  # of this class's prompt
         assert len(cosines) == 5 and cosines == sorted(cosines, reverse=True) and cosines[0] <= 1
 
 
