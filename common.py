@@ -419,9 +419,9 @@ def read_changes(words, recipe, choices):
 
 
 class Journal:
-    """What a training run writes on the way, 60 times and at least every 500 steps: OUT/PHASE.part,
-    from which --resume continues exactly, and OUT/PHASE.jsonl, its log. In the end OUT/PHASE.pt
-    takes the place of PHASE.part. step: the last one done."""
+    """What a training run writes about 60 times, and at least every 500 steps: OUT/PHASE.part, from
+    which --resume continues exactly, and OUT/PHASE.jsonl, its log. In the end OUT/PHASE.pt takes
+    the place of PHASE.part. step: the last one done."""
 
     def __init__(self, path, record, model, optimizer, scaler, resume, again, replaced):
         self.path, self.record, self.steps = path, record, record["steps"]

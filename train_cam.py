@@ -404,12 +404,13 @@ def record_of(phase, recipe, args, split, texts):
         record["weights"] = digest(weight_file(getattr(args, args.generator)))
     if phase in STARTS:
         record |= {"words": digest(split.words), "clip": texts["clip"].sha256}
-    earlier = [args.out / f"{name}.pt" for name in STARTS.get(phase, [])]
-    for path in [args.checkpoint] if phase == "export" else earlier:
+    earlier = {name: args.out / f"{name}.pt" for name in STARTS.get(phase, [])}
+    for name, path in ({"generator": args.checkpoint} if phase == "export" else earlier).items():
         if not path.is_file():
-            raise InputError(f"{path}: no such file; expected that of an earlier phase; run "
-                             f"--phase {path.stem} first")
-        record["generator" if phase == "export" else path.stem] = digest(path)
+            phase = path.stem if path.stem in PHASES else "all"
+            raise InputError(f"{path}: no such file; expected a checkpoint; run --phase {phase} "
+                             "first")
+        record[name] = digest(path)
     return record
 
 

@@ -41,8 +41,10 @@ def open_run(args):
     texts, words = {"class text": class_texts(clip, split.words)}, None
     if (cam / "prompts.pt").is_file():
         texts["prompt"] = load_prompts(cam / "prompts.pt", split, clip)
-    if (folder / "demo.json").is_file():
-        world = json.loads((folder / "demo.json").read_text())["world"]
+    demo = folder / "demo.json"
+    begun = json.loads(demo.read_text()) if demo.is_file() else {"voc": True}
+    if not begun["voc"]:  # the toy world
+        world = begun["world"]
         pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
         words = [pairs[name] for name in split.classes]
         texts["true word"] = class_texts(clip, words)

@@ -1,4 +1,4 @@
-"""The whole method through the command lines of the six scripts: make demo, make voc.
+"""The whole method through the command lines of the scripts: make demo, make voc.
 
 Every step gets --resume, and a score is kept if it is of the same record, so an interrupted demo
 continues where it stopped.

@@ -140,7 +140,8 @@ def main(args):
         print(f"{out / split}.csv: {len(images):,} images")
     print(f"""next:
     python train_cam.py --data {out} --recipe coco --out runs/coco
-    python make_pseudo.py --data {out} --cams runs/coco/cams --out runs/coco/masks --crf irn
+    python make_pseudo.py --data {out} --cams runs/coco/cams --out runs/coco/masks --crf irn \\
+                          --background-score 0.42
     python train_seg.py --data {out} --labels runs/coco/masks --recipe coco --out runs/coco
     python eval.py --data {out} --checkpoint runs/coco/seg.pt""")
 

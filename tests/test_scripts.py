@@ -149,8 +149,8 @@ def train_cam_says(toy, chain, capsys, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--phase all --checkpoint X", "--checkpoint: of --phase export alone"),
     ("--phase match --resume --seed 1", "match.pt: made with seed 0, now it is 1"),
-    ("--phase match --out {cam}/new", "new/classify.pt: no such file; expected that of an earlier "
-     "phase; run --phase classify first"),
+    ("--phase match --out {cam}/new", "new/classify.pt: no such file; expected a checkpoint; run "
+     "--phase classify first"),
     ("--phase classify --workers -1", "--workers -1: expected 0 or more"),
     ("--phase match --set lambda_r=1", "--set lambda_r=1: expected KEY=VALUE"),
     ("--phase export --checkpoint {cam}/prompts.pt", "prompts.pt: has no 'generator'"),
