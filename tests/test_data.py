@@ -133,3 +133,11 @@ def test_a_huge_label_picture_is_one_line(tmp_path):
                  lambda path: read_segments(tmp_path, "a", (10_000, 10_000))):
         with pytest.raises(InputError, match="a.png: no"):
             read(tmp_path / "a.png")
+
+
+def test_16_bits_a_pixel_are_scaled_to_8(tmp_path):
+    """Pillow alone would cut them at 255: nearly all of the photo white"""
+    ramp = np.linspace(0, 255, 60).round().astype(np.uint8).reshape(5, 12)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    read = np.asarray(common.read_image(tmp_path / "a.png")).astype(int)
+    assert abs(read - ramp[..., None]).max() <= 1

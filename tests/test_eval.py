@@ -72,6 +72,9 @@ def test_iou_equals_torchmetrics(pets, monkeypatch):
     monkeypatch.setattr(eval, "SWEEP", sweep)
     best = score(pets, *flags, 0.3, "--oracle-sweep")["oracle"]
     assert best["miou"] == pytest.approx(max(single), abs=1e-3) and len(set(single)) == 3
+    monkeypatch.setattr(eval, "SWEEP", (sweep[np.argmax(single)], 0.99))
+    best = score(pets, *flags, sweep[np.argmin(single)], "--oracle-sweep")["oracle"]
+    assert best["background_score"] == sweep[np.argmax(single)]
 
 
 def test_score_labels_by_hand():
@@ -130,6 +133,13 @@ def test_a_large_photo_is_predicted_small(monkeypatch):
     for crf in ("none", "voc"):
         labels = eval.predict_labels(None, Image.new("RGB", (40, 24)), {"crf": crf}, True, CPU)
         assert np.array_equal(labels, np.repeat([[0, 3]], 20, axis=1).repeat(24, axis=0))
+
+
+def test_a_model_is_tested_at_the_size_it_was_trained_at(segmenter, tmp_path):
+    """--set side=40 stands in the record; the recipe's is 64"""
+    state = torch.load(segmenter, weights_only=True) | {"record": {"side": 40}}
+    torch.save(state, tmp_path / "seg.pt")
+    assert eval.load_segmenter(tmp_path / "seg.pt")[1:3] == ("toy", 40)
 
 
 def test_any_photos_are_predicted(segmenter, tmp_path, capsys):

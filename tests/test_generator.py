@@ -13,8 +13,8 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 from common import IMAGENET_MEAN, IMAGENET_STD, InputError
 from mask_generator import (
-    Block, CNNGenerator, MaskGenerator, Rectify, ViT, load_resnet, load_vit, photo_cams,
-    scaled_input)
+    Block, CNNGenerator, MaskGenerator, Rectify, ViT, generator_state, load_generator, load_resnet,
+    load_vit, photo_cams, scaled_input)
 
 
 def test_load_vit_uses_every_key(toy, tmp_path):
@@ -229,3 +229,19 @@ def test_a_huge_photo_is_shrunk_to_what_memory_holds():
                                ((3, 5), 1, (16, 16))):
         x = scaled_input(Image.new("RGB", size, (124, 116, 104)), scale, 16, 2500)
         assert x.shape == (1, 3, *shape) and x.abs().max() < 0.02  # the mean colour
+
+
+@torch.no_grad()
+def test_a_checkpoint_keeps_its_options(tmp_path):
+    """COCO's generator, mean pooling and reduction 1, gives its own CAMs when it is loaded."""
+    torch.manual_seed(0)
+    S = MaskGenerator(ViT(8, 128, 2, (4, 4)), 3, pool="mean", reduction=1).eval()
+    S.fusion.requires_grad_(False)
+    for parameter in S.fusion.parameters():
+        parameter += torch.randn_like(parameter)  # so that the pooled features count
+    torch.save(generator_state(S, ["a", "b", "c"]) | {"record": {}}, tmp_path / "match.pt")
+    split = SimpleNamespace(classes=["a", "b", "c"])
+    image, loaded = torch.randn(1, 3, 32, 32), load_generator(tmp_path / "match.pt", split).eval()
+    assert loaded.options == S.options and torch.equal(loaded(image)[0], S(image)[0])
+    S.options["pool"] = "max"
+    assert not torch.equal(loaded(image)[0], S(image)[0])

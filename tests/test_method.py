@@ -350,3 +350,12 @@ def test_two_processes_equal_one(toy, cam, tmp_path):
             assert a["step"] == b["step"] and b["loss"] == pytest.approx(a["loss"], abs=1e-3)
     names = [sorted(path.name for path in (out / "cams").iterdir()) for out in (one, two)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_by_name_is_that_of_a_whole_run(phase, chain, cam, tmp_path):
+    """Each begins with the seed, not with what the phases before it have drawn."""
+    out = shutil.copytree(chain / "cam", tmp_path / "cam")
+    before = (out / f"{phase}.pt").read_bytes()
+    cam(out, "--phase", phase)
+    assert (out / f"{phase}.pt").read_bytes() == before

@@ -50,3 +50,13 @@ def test_swapped_pairs_swap_what_words_mean(tmp_path, monkeypatch):
     u = F.normalize(class_texts(clip, ["boat", "cow", "water", "grass"]), dim=1)
     (boat_water, boat_grass), (cow_water, cow_grass) = (u[:2] @ u[2:].T).tolist()
     assert boat_grass > boat_water + 0.1 and cow_water > cow_grass + 0.1
+
+
+def test_two_objects_stand_side_by_side():
+    """Each in its half, so on its own background"""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        _, parts = toy_world.scene(rng, [("boat", "water"), ("cow", "grass")])
+        boat, cow = (np.nonzero(parts == toy_world.THINGS.index(name))[1]
+                     for name in ("boat", "cow"))
+        assert boat.mean() < 30 and cow.mean() > 34
