@@ -43,7 +43,7 @@ def open_run(args):
         texts["prompt"] = load_prompts(cam / "prompts.pt", split, clip)
     demo = folder / "demo.json"
     begun = json.loads(demo.read_text()) if demo.is_file() else {"voc": True}
-    if not begun["voc"]:  # the toy world
+    if not begun.get("voc"):  # the toy world
         world = begun["world"]
         pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
         words = [pairs[name] for name in split.classes]
