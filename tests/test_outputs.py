@@ -170,6 +170,8 @@ CHANGES = {  # what changes: the stage that refuses, the file and key it names
     "a CAM": (lambda m: np.save(m / "cam/cams/train_00001.npy", np.ones((1, 9, 9))),
               "masks", "made with cams"),
     "a mask": (other_mask, "seg", "made with labels"),
+    "CAMs of the same sizes, of another generator": (lambda m: (m / "cam/cams/made_of.json"
+                                                     ).write_text("{}"), "masks", "with cams"),
 }
 
 
