@@ -1,4 +1,4 @@
-"""CLIP, frozen: tells how well a region of a photo matches a sentence (paper, section 3).
+"""CLIP, frozen: scores how well a region of a photo matches a sentence (paper, section 3).
 
   v = E_I(X)    image tower: a ViT over patches, read at its class token    X (3, R, R)  -> v (E,)
   u = E_T(t)    text tower: a causal transformer, read at [EOT]             77 tokens    -> u (E,)
@@ -10,8 +10,8 @@ Both towers share a space of width E. SemPLeS uses the cosine alone, without s a
 training only the prompt vectors change, never the towers. Features match OpenAI's CLIP to a
 relative error of 2e-6. Where this file departs from OpenAI's code:
   [detail L1] The prompt's full stop is the word-final token 269, as in "a photo of a cat."; in the
-              SemPLeS code it is 13, which stands inside words. So real words as p give u of the
-              same sentence.
+              SemPLeS code it is 13, which continues a word. With this token, the embeddings of
+              real words as p give exactly that sentence's feature.
   [detail L2] Left out: text behind the longest [EOT] of the batch.
   [detail L3] float32, where OpenAI's archives hold half precision.
   [detail L4] preprocess converts to RGB before it resizes: only palette images differ.
@@ -114,7 +114,6 @@ def sentence(device):
 class VisionTransformer(nn.Module):
     def __init__(self, resolution, patch, width, layers, embed_dim):
         super().__init__()
-        self.patch = patch
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(
@@ -241,7 +240,7 @@ class Tokenizer:
 
 @cache
 def tokenizer():
-    """The one Tokenizer, read when first needed: importing this file opens nothing."""
+    """Loads the tokenizer when first needed."""
     return Tokenizer()
 
 
@@ -250,7 +249,7 @@ def tokenize(texts, context_length=77):
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)           # (B, T)
     for row, text in zip(tokens, texts, strict=True):
-        # merging takes time by the square of a word's length: much more is never read
+        # BPE is quadratic in a word's length, so the text is capped
         ids = tokenizer().encode(text[:100 * context_length])
         if len(ids) > context_length - 2:
             raise InputError(f"text of {len(ids) + 2} tokens or more, but CLIP reads "
@@ -279,8 +278,8 @@ def load_clip(name_or_path, device="cpu"):
         elif sha256 in {model.split("/")[0] for model in MODELS.values()}:
             state = dict(torch.jit.load(path, map_location="cpu").state_dict())
         else:
-            raise InputError(f"{path}: TorchScript, and not a file of OpenAI's; it would run code "
-                             "of its own; if you trust it, convert it: "
+            raise InputError(f"{path}: TorchScript, which runs code when it is loaded, and not a "
+                             "file of OpenAI's; if you trust it, convert it: "
                              f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
         clip = build_clip(state, path, expected)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:

@@ -1,5 +1,5 @@
-"""What the stages share and what says nothing about the method: one line for a user's mistake,
-devices and processes, the data layout, pictures, files that are whole or absent, training logs.
+"""Helpers shared by the scripts; nothing here is part of the method: one line for a user's mistake,
+processes, files that are whole or absent, the data layout, the training loop and its log.
 
 The data layout (docs/data.md): ROOT/classes.txt, ROOT/SPLIT.csv with a line `PATH,CLASS;CLASS`
 per photo, ROOT/masks/NAME.png.
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -139,24 +140,23 @@ def folder_digest(folder, files, remedy):
 # What a file was made of is its record, a dict of plain values: hyper-parameters, and digests of
 # the inputs. A checkpoint holds it as "record", a folder of PNG or .npy files in made_of.json.
 
-AGAIN = "the same command without --resume makes all anew"
-
-
-def check_record(path, before, now, again):
+def check_record(path, before, now):
     """--resume keeps what was made of the same inputs; else raises InputError."""
     for key in before | now:
         if (old := json.dumps(before.get(key))) != (new := json.dumps(now.get(key))):
-            raise InputError(f"{path}: made with {key} {old:.20}, now it is {new:.20}; {again}, or "
-                             "pass another --out")
+            phase = f"--phase {now['phase']}" if "phase" in now else "this command"
+            raise InputError(f"{path}: made with {key} {old:.20}, now it is {new:.20}; {phase} "
+                             "without --resume makes it anew, then run what follows; to keep it, "
+                             "run the later phases alone, by name; or pass another --out")
 
 
-def kept(path, record, resume, again=AGAIN):
+def kept(path, record, resume):
     """The checkpoint at path if --resume keeps it, else None. One without a record is not ours to
     replace: InputError."""
     if path.is_file():
         state = read_checkpoint(path, "record", "pass another --out")
         if resume:
-            check_record(path, state["record"], record, again)
+            check_record(path, state["record"], record)
             return state
 
 
@@ -172,7 +172,7 @@ def claim(folder, files, record, resume=False, reads=()):
             raise InputError(f"{others[0]}: no run of ours made it (no made_of.json there); pass "
                              "another folder")
     if resume and note.is_file():
-        return check_record(note, json.loads(note.read_text()), record, AGAIN)
+        return check_record(note, json.loads(note.read_text()), record)
     for file in files:
         Path(folder, file).unlink(missing_ok=True)
     with writing(note) as temporary:
@@ -210,7 +210,7 @@ def read_checkpoint(path, key, remedy):
 
 
 def load_weights(make, state, path, expected):
-    """make() with the tensors of a state dict. It is made without memory; every key must fit."""
+    """make() with the tensors of a state dict. Built on the meta device; all keys must match."""
     try:
         with torch.device("meta"):
             model = make()
@@ -289,7 +289,7 @@ class Split:
     """ROOT/classes.txt and ROOT/SPLIT.csv. Opens no photo and no mask.
 
     names: of the photos, without folder and ending; CAMs and masks have the same. paths {name:
-    file}; labels {name: (K,) bool}; classes (K); words (K), the classes as CLIP is told them;
+    file}; labels {name: (K,) bool}; classes (K); words (K), the wording that CLIP sees;
     upright: whether EXIF orientation counts; digest: of names, labels, EXIF switch and sizes in
     bytes; folders: of the photos and their masks, in which nothing is written."""
 
@@ -364,7 +364,60 @@ def load_photos(split, names, title, device):
                            num_workers=workers), title, disable=QUIET)
 
 
-# ---- Training: the order of the photos, and what a run writes while it goes on -------------------
+# ---- Training ------------------------------------------------------------------------------------
+
+def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device, result,
+          replaced=(), snapshots=0, **frozen):
+    """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] and write PATH.pt with
+    what result() returns. rate(step, recipe): the learning rate; replaced: files of an earlier run
+    that go when this one has begun; snapshots: write PATH-STEP.pt too, so many times."""
+    if recipe["batch"] < WORLD or args.workers < 0:
+        raise InputError(f"batch {recipe['batch']}, --workers {args.workers}; expected an image "
+                         f"for each of the {WORLD} processes, and 0 or more workers")
+    groups = [{"params": [], "lr_scale": recipe.get("backbone_lr", 1)},
+              {"params": [], "lr_scale": 1}]  # backbone, the rest
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
+    optimizer = optimizer(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
+    autocast, scaler = mixed_precision(device, args.precision)
+    journal = Journal(path, recipe, args.resume,
+                      {"model": model, "optimizer": optimizer, "scaler": scaler})
+    for file in replaced if RANK == 0 else ():  # all inputs were good and the disk has room
+        file.unlink(missing_ok=True)
+    every, steps = journal.every, recipe["steps"]
+    at = {min(steps, every * round(steps * i / snapshots / every)) for i in range(1, snapshots + 1)}
+    batches = load_batches(photos, recipe, journal.step, device, args.workers)
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    ddp_model.train()
+    for step, (image, labels) in enumerate(batches, journal.step + 1):
+        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of dropout; after loading
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * rate(step - 1, recipe)
+        with autocast:
+            losses, n = step_loss(ddp_model, image.to(device, non_blocking=True), labels, recipe,
+                                  **frozen)
+        optimizer.zero_grad()
+        scaler.scale(losses["loss"] * share_of_all(n, device)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step in at and RANK == 0:  # before the journal, which would not come back to it
+            save(path.with_name(f"{path.name}-{step}.pt"), result() | {"record": recipe})
+        journal.write(step, len(photos), losses, n)
+    if RANK == 0:
+        save(path.with_suffix(".pt"), result() | {"record": recipe})
+        path.with_suffix(".part").unlink()
+    wait_for_all()
+
+
+def share_of_all(n, device):
+    """n over its mean of all processes: scales the loss so that DDP's average equals the mean over
+    all pairs. It stays on the device: nothing waits for it."""
+    if WORLD == 1:
+        return 1
+    total = sum_over_processes(torch.full((), float(n), device=device))
+    return n * WORLD / total.clamp(min=1)
+
 
 def mixed_seed(*numbers):
     """Whole numbers -> one seed for all of them"""
@@ -375,13 +428,6 @@ def mixed_seed(*numbers):
 def shuffled(n, seed, epoch):
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     return torch.randperm(n, generator=generator).tolist()
-
-
-def check_loading(batch, workers):
-    if batch < WORLD:
-        raise InputError(f"batch {batch} for {WORLD} processes; expected an image for each")
-    if workers < 0:
-        raise InputError(f"--workers {workers}: expected 0 or more loading processes")
 
 
 def places(n, recipe, start):
@@ -399,10 +445,67 @@ def load_batches(dataset, recipe, start, device, workers):
                       num_workers=workers, pin_memory=device.type == "cuda")
 
 
-def read_changes(words, recipe, choices):
-    """--set KEY=VALUE ... -> {key: value}: literals of the recipe's types, whole ones above 0"""
-    changes = {}
-    for word in words:
+class Journal:
+    """What a run writes about 60 times, and at least every 500 steps: PATH.part, from which
+    --resume continues exactly, and PATH.jsonl, its log. parts: what has a state_dict; step: the
+    last one done."""
+
+    def __init__(self, path, record, resume, parts):
+        self.path, self.record, self.parts = path, record, parts
+        self.every = max(1, min(record["steps"] // 60, 500))  # steps from one save to the next
+        self.step, self.rows, self.sums = 0, [], 0
+        if state := kept(path.with_suffix(".part"), record, resume):
+            for name, part in parts.items():
+                if state[name]:  # a GradScaler's is empty if the precision needed none
+                    part.load_state_dict(state[name])
+            self.step, self.rows = state["step"], state["rows"]
+        self.save()
+        self.start, self.began = self.step, time.time()
+        self.bar = tqdm(total=record["steps"], initial=self.step, desc=path.name, disable=QUIET)
+
+    def save(self):
+        if RANK == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            save(self.path.with_suffix(".part"),
+                 state | {"step": self.step, "rows": self.rows, "record": self.record})
+            with writing(self.path.with_suffix(".jsonl")) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, step, photos, values, n):
+        """Add {name: mean over n} of a step to the sums; now and then, log and save. photos: how
+        many an epoch has"""
+        self.step, device, steps = step, values["loss"].device, self.record["steps"]
+        n = torch.full((), n, dtype=torch.float64, device=device)
+        self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in values.values())])
+        self.bar.update()
+        if step % self.every and step < steps:
+            return
+        n, *sums = sum_over_processes(self.sums).tolist()
+        weights = [p for p in self.parts["model"].parameters() if p.requires_grad]
+        if not (math.isfinite(sums[0]) and all(p.isfinite().all() for p in weights)):
+            first = self.rows[-1]["step"] + 1 if self.rows else 1
+            raise InputError(f"{self.path}: a loss or weight is not finite in steps {first} to "
+                             f"{step}; begin again with a lower lr")
+        batch, took = self.record["batch"], (time.time() - self.began) / (step - self.start)
+        self.rows.append({
+            "phase": self.path.name, "step": step, "epoch": round(step * batch / photos, 2),
+            **{key: round(x / max(1, n), 5) for key, x in zip(values, sums)},
+            "lr": self.parts["optimizer"].param_groups[-1]["lr"],
+            "images_per_s": round(batch / took, 1), "eta_s": round(took * (steps - step)),
+            "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)})  # 0 on a CPU
+        self.sums = 0
+        self.save()
+        if RANK == 0:
+            tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
+                                  f"{key} {value}" for key, value in self.rows[-1].items()))
+
+
+def read_changes(args, recipe, choices):
+    """--steps, --batch and --set KEY=VALUE ... -> {key: value} of those keys that the recipe has:
+    literals of its types, whole ones above 0"""
+    changes, given = {}, {"steps": args.steps, "batch": args.batch}
+    words = [f"{key}={n}" for key, n in given.items() if n is not None and key in recipe]
+    for word in [*words, *args.set]:
         key, _, text = word.partition("=")
         try:
             old = recipe[key]
@@ -416,68 +519,3 @@ def read_changes(words, recipe, choices):
                 f"{k}={'|'.join(choices.get(k, [str(recipe[k])]))}" for k in sorted(recipe)))
         changes[key] = value
     return changes
-
-
-class Journal:
-    """What a training run writes about 60 times, and at least every 500 steps: OUT/PHASE.part, from
-    which --resume continues exactly, and OUT/PHASE.jsonl, its log. In the end OUT/PHASE.pt takes
-    the place of PHASE.part. step: the last one done."""
-
-    def __init__(self, path, record, model, optimizer, scaler, resume, again, replaced):
-        self.path, self.record, self.steps = path, record, record["steps"]
-        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        self.every = max(1, min(self.steps // 60, 500))  # steps from one save to the next
-        self.step, self.rows, self.sums = 0, [], 0
-        if state := kept(path.with_suffix(".part"), record, resume, again):
-            for name, part in self.parts.items():
-                if state[name]:  # a GradScaler's is empty if the precision needed none
-                    part.load_state_dict(state[name])
-            self.step, self.rows = state["step"], state["rows"]
-        self.save()  # all inputs were good and the disk has room: now older files may go
-        for file in replaced if RANK == 0 else []:
-            file.unlink(missing_ok=True)
-        self.start, self.began = self.step, time.time()
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=path.name, disable=QUIET)
-
-    def save(self):
-        if RANK == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            save(self.path.with_suffix(".part"),
-                 state | {"step": self.step, "rows": self.rows, "record": self.record})
-            with writing(self.path.with_suffix(".jsonl")) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def write(self, step, photos, values, n):
-        """Add {name: mean over n} of a step to the sums; now and then, log and save. photos: how
-        many an epoch has"""
-        self.step, device = step, values["loss"].device
-        n = torch.full((), n, dtype=torch.float64, device=device)
-        self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in values.values())])
-        self.bar.update()
-        if step % self.every and step < self.steps:
-            return
-        n, *sums = sum_over_processes(self.sums).tolist()
-        weights = [p for p in self.parts["model"].parameters() if p.requires_grad]
-        if not (math.isfinite(sums[0]) and all(p.isfinite().all() for p in weights)):
-            first = self.rows[-1]["step"] + 1 if self.rows else 1
-            raise InputError(f"{self.path}: a loss or weight is not finite in steps {first} to "
-                             f"{step}; begin again with a lower lr")
-        batch, took = self.record["batch"], (time.time() - self.began) / (step - self.start)
-        self.rows.append({
-            "phase": self.path.name, "step": step, "epoch": round(step * batch / photos, 2),
-            **{key: round(x / max(1, n), 5) for key, x in zip(values, sums)},
-            "lr": self.parts["optimizer"].param_groups[-1]["lr"],
-            "images_per_s": round(batch / took, 1), "eta_s": round(took * (self.steps - step)),
-            "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)})  # 0 on a CPU
-        self.sums = 0
-        self.save()
-        if RANK == 0:
-            tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
-                                  f"{key} {value}" for key, value in self.rows[-1].items()))
-
-    def finish(self, **state):
-        wait_for_all()
-        if RANK == 0:
-            save(self.path.with_suffix(".pt"), state | {"record": self.record})
-            self.path.with_suffix(".part").unlink()
-        wait_for_all()

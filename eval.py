@@ -168,28 +168,50 @@ class Photos(Split):
         self.labels = dict.fromkeys(self.names, np.zeros(len(classes), bool))
 
 
-# ---- What is scored: name, photo -> labels (H, W), one for each background score tried -----------
+# ---- What is scored: args, device -> the list, a function (name, photo) -> labels (H, W), one for
+# ---- each background score tried, and how they are made
 
-def labels_of_pngs(args, split):
+def png_labels(args, device):
+    split = Split(args.data, args.split)
     C = len(split.classes) + 1
-    return lambda name, photo: [read_labels(f"{args.pred}/{name}.png", photo.size[::-1], C)]
+    return split, lambda name, photo: [
+        read_labels(f"{args.pred}/{name}.png", photo.size[::-1], C)], {}
 
 
-def labels_of_cams(args, split):
-    scores = [args.background_score, *(SWEEP if args.oracle_sweep else [])]
+def cam_labels(args, device):
+    how = {"background_score": args.background_score, "background_score_chosen": "given"}
+    if args.background_score is None:
+        how = {"background_score": BACKGROUND_SCORE,
+               "background_score_chosen": "WeakTr's, found with train masks of VOC"}
+    check_score(how["background_score"])
+    split = Split(args.data, args.split)
+    scores = [how["background_score"], *(SWEEP if args.oracle_sweep else [])]
 
-    def labels(name, photo):
+    def labels_of(name, photo):
         present = split.present(name)
-        cams = read_cams(args.cams, name, present, photo.size[::-1])
-        return [score_labels(cams, present, score) for score in scores]
-    return labels
+        maps = read_cams(args.cams, name, present, photo.size[::-1])
+        return [score_labels(maps, present, score) for score in scores]
+    return split, labels_of, how
 
 
-def labels_of_model(args, split, model, recipe, device):
-    def labels(name, photo):
+def model_labels(args, device):
+    segmenter, name, side, classes = load_segmenter(args.checkpoint)
+    split = Photos(args.images, classes) if args.images else Split(args.data, args.split)
+    check_classes(args.checkpoint, classes, split)
+    if args.present_only and not any(shown.any() for shown in split.labels.values()):
+        raise InputError(f"--present-only: {args.split}.csv names no class of any photo, so only "
+                         "background would remain; leave it out")
+    how = {"scales": args.scales or TEST[name]["scales"], "flip": args.flip is not False,
+           "crf": args.crf or TEST[name]["crf"], "present_only": args.present_only}
+    recipe, segmenter = TEST[name] | how | {"side": side}, segmenter.to(device)
+
+    def labels_of(name, photo):
         ids = [0, *(1 + split.present(name))] if args.present_only else slice(None)
-        return [predict_labels(model, photo, recipe, args.flip, device, ids)]
-    return labels
+        return [predict_labels(segmenter, photo, recipe, how["flip"], device, ids)]
+    return split, labels_of, how
+
+
+MODES = {"pred": png_labels, "cams": cam_labels, "checkpoint": model_labels}
 
 
 def count(photo, split, labels_of, save, scored):
@@ -255,43 +277,18 @@ def main(args):
     check_flags(args)
     device = start_processes(args.device)
 
-    # ---- what is scored
-    mode = "pred" if args.pred else "cams" if args.cams else "checkpoint"
+    mode = next(mode for mode in MODES if getattr(args, mode))
+    split, labels_of, how = MODES[mode](args, device)
     source = Path(getattr(args, mode))
-    how = {}  # it was scored
-    if args.cams:
-        how = {"background_score": args.background_score, "background_score_chosen": "given"}
-        if args.background_score is None:
-            args.background_score = BACKGROUND_SCORE
-            how = {"background_score": BACKGROUND_SCORE,
-                   "background_score_chosen": "WeakTr's, found with train masks of VOC"}
-        check_score(args.background_score)
-    if args.checkpoint:
-        model, name, side, classes = load_segmenter(source)
-        args.flip = args.flip is not False
-        recipe = TEST[name] | {"side": side}
-        recipe |= {"scales": args.scales or recipe["scales"], "crf": args.crf or recipe["crf"]}
-        how = {"scales": recipe["scales"], "flip": args.flip, "crf": recipe["crf"],
-               "present_only": args.present_only}
-        split = Photos(args.images, classes) if args.images else Split(args.data, args.split)
-        check_classes(source, classes, split)
-        labels_of = labels_of_model(args, split, model.to(device), recipe, device)
-    else:
-        split = Split(args.data, args.split)
-        labels_of = labels_of_pngs(args, split) if args.pred else labels_of_cams(args, split)
-    if args.present_only and not any(shown.any() for shown in split.labels.values()):
-        raise InputError(f"--present-only: {args.split}.csv names no class of any photo, so only "
-                         "background would remain; leave it out")
     truths = split.root / "masks"
     scored = not args.save or any((truths / f"{name}.png").is_file() for name in split.names)
-    note = source if args.checkpoint else source / "made_of.json"
+    note = source if mode == "checkpoint" else source / "made_of.json"
     record = digest(note) if note.is_file() else None
     if args.save and RANK == 0:
         files = [file for name in split.names for file in (f"{name}.png", f"overlays/{name}.jpg")]
         claim(args.save, files, {"predicted_by": record, **how}, reads=[*split.folders, source])
     wait_for_all()
 
-    # ---- predict and count
     C = len(split.classes) + 1
     work = partial(count, split=split, labels_of=labels_of, save=args.save, scored=scored)
     counts = np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64)
@@ -333,7 +330,7 @@ def report(args, split, mode, counts, how, record, scored):
     if args.oracle_sweep:
         found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts]
         best = int(np.argmax(found))
-        score = [args.background_score, *SWEEP][best]
+        score = [how["background_score"], *SWEEP][best]
         result["oracle"] = {"miou": round(found[best], 3), "background_score": score,
                             "background_score_chosen": "tuned on ground truth"}
         print(f"{'oracle mIoU':>16}  {found[best]:8.2f}   background score {score}, TUNED ON "

@@ -157,7 +157,7 @@ def dense_crf_slow(image, prob, gaussian=(3, 3), bilateral=(50, 5, 10), iteratio
 
 class Lattice(NamedTuple):
     """Three kinds of sparse matrix. A row is a bag of `embedding_bag`: indices, and the weights to
-    add them up by. The last point, number M, stands for "no neighbour" and always holds 0."""
+    add them up by. The last point, number M, means "no neighbour" and always holds 0."""
     splat_pixel: torch.Tensor  # (V*(d+1),) int32: the pixels around point 0, around point 1, ...
     splat_weight: torch.Tensor  # (V*(d+1),)
     splat_start: torch.Tensor  # (M+1,) int32: where the pixels of each point begin
@@ -278,8 +278,8 @@ def dense_crf(image, prob, gaussian=(3, 3), bilateral=(50, 5, 10), iterations=10
     """Sharpen label probabilities along the edges of an image; pydensecrf's labels, on CPU or GPU.
 
     image: uint8 (H, W, 3), RGB
-    prob: float (C, H, W) in [0, 1]; its device is the one that computes. Only labels that may occur
-        are worth their time. For labels instead of probabilities see `hard_unary`
+    prob: float (C, H, W) in [0, 1], on the device that computes. Pass only labels that can occur:
+        the cost grows with C. For labels instead of probabilities see `hard_unary`
     gaussian: (sxy, weight), the kernel that removes specks. sxy is its standard deviation in
         pixels; about `weight` is added to the log-probability of a label that all neighbours agree
         on. None leaves the kernel out
@@ -356,7 +356,7 @@ def parse_args(argv=None):
     add("--cams", required=True, metavar="DIR", help="NAME.npy of train_cam.py or foreign.py")
     add("--out", required=True, metavar="DIR", help="where NAME.png go")
     add("--resume", action="store_true", help="keep the finished ones of a killed run of the same "
-        "inputs; without it all are made anew")
+        "inputs; without it all are made again")
     add("--background-score", type=float, default=BACKGROUND_SCORE, metavar="T",
         help="in (0, 1), higher gives smaller masks; 0.43 (VOC) and 0.42 (COCO) are WeakTr's, "
         "found there with train masks; on other data a guess")

@@ -58,7 +58,7 @@ class MaskGenerator(nn.Module):
         super().__init__()
         self.options = {"class_attention": class_attention, "pool": pool, "reduction": reduction}
         self.backbone, self.num_classes = vit, num_classes
-        # Two parameters of which only the sum counts: AdamW moves it at twice the rate, as WeakTr's
+        # Only the sum matters. Two parameters double the effective step, as in WeakTr
         self.class_tokens = nn.Parameter(vit.cls_token.detach().repeat(1, num_classes, 1))
         self.class_positions = nn.Parameter(vit.pos_embed[:, :1].detach().repeat(1, num_classes, 1))
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
@@ -80,13 +80,15 @@ class MaskGenerator(nn.Module):
         x, (h, w) = self.backbone.embed(image, self.class_tokens + self.class_positions)
         for block in self.backbone.blocks:
             x, attention, written = block(x, with_maps=True)             # (B, K + h*w, D)
+            # Detached, as in WeakTr: the loss of the CAM changes how attention is weighted (W2),
+            # not the attention itself, so the backbone learns by its tokens alone
             maps.append(attention.detach())                              # (B, A, T, T)
             pooled = written.amax(dim=1) if self.options["pool"] == "max" else written.mean(dim=1)
             features.append(pooled.detach())                             # (B, A, 64)
         coarse = self.head(x[:, K:].transpose(1, 2).unflatten(2, (h, w)))        # [eq. W1]
         A = self.fusion(maps, features)                                  # (B, T, T) [eq. W2]
         fine = self.spread(A, coarse)                                    # (B, K, h, w)
-        of_fusion = self.spread(A, coarse.detach())  # equal, but its loss trains the fusion alone
+        of_fusion = self.spread(A, coarse.detach())  # same value; gradients reach only the fusion
         return fine, {"tokens": x[:, :K].mean(dim=2), "coarse": coarse.mean(dim=(2, 3)),
                       "fine": of_fusion.mean(dim=(2, 3))}
 
@@ -257,7 +259,8 @@ class ResNet(nn.Module):
     """torchvision's ResNet up to its last features: (B, 3, H, W) -> (B, width, H/patch, W/patch).
 
     patch is 16: dilation takes the place of the last stage's stride. With a conv1 of 3 x 3, as
-    ResNets for small images have it, patch is 4. Batch norm stands still: batches are small."""
+    ResNets for small images have it, patch is 4. Batch-norm statistics are frozen because batches
+    are small."""
 
     def __init__(self, block="Bottleneck", layers=(3, 4, 6, 3), first=64, stem=7,
                  norm=FrozenBatchNorm2d):
@@ -295,7 +298,7 @@ class ResNet(nn.Module):
 
 def scaled_input(photo, scale, patch, max_patches):
     """PIL photo -> (1, 3, h*patch, w*patch), ImageNet-normalised, resized to whole patches.
-    Attention takes memory by the square of the patches: a photo of more is shrunk."""
+    Attention memory is quadratic, so photos of more patches are shrunk."""
     W, H = photo.size
     scale = min(scale, patch * (max_patches / (H * W)) ** 0.5)
     size = [max(1, round(side * scale / patch)) * patch for side in (H, W)]

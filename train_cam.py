@@ -29,23 +29,21 @@ log); prompts also OUT/prompts.txt; export OUT/cams/NAME.npy and made_of.json (t
 import argparse
 import math
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip, nearest_words, read_nouns
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_classes,
-    check_loading, claim, digest, end_processes, kept, load_batches, load_photos, mixed_precision,
-    mixed_seed, read_changes, read_checkpoint, run, save, start_processes, sum_over_processes,
-    wait_for_all, writing)
+    IMAGENET_MEAN, IMAGENET_STD, RANK, InputError, Split, check_classes, claim, digest,
+    end_processes, kept, load_photos, mixed_seed, read_changes, read_checkpoint, run,
+    start_processes, train, wait_for_all, writing)
 from mask_generator import (
     CNNGenerator, MaskGenerator, generator_state, load_generator, load_resnet, load_vit, photo_cams,
     weight_file)
@@ -53,7 +51,8 @@ from mask_generator import (
 # B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E width of CLIP's
 # features, P prompt length, R side of CLIP's input
 
-TABLE = {  # AdamW; lr is the real rate. 60 epochs of VOC's 10,582 and COCO's 82,081 images
+# AdamW; lr is used as it is, not scaled by the batch. VOC has 10,582 images, COCO 82,081
+TABLE = {
     #                                 voc         coco           toy
     ("classify", "steps"):           (9_900,      76_920,        76),
     ("classify", "batch"):           (64,         64,            32),
@@ -125,7 +124,7 @@ def prompt_loss(v_b, u_b, u_f, lambda_t, repel="text", v_f=None):
     "repel", without a formula. Three forms:
       text      mean -log(1 - c(sim(u^f, u^b)))   away from the class text (our inference)
       text-log  mean  log c(sim(u^f, u^b))        the same without a bound (the official code)
-      image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a summary)"""
+      image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a published summary)"""
     L_I = pair_mean(-c(cosine(v_b, u_b)).log())
     if repel == "text":
         L_T = pair_mean(-(1 - c(cosine(u_f, u_b))).log())
@@ -200,7 +199,8 @@ class Prompts(nn.Module):
 
 # -------------------------------------------------------------------------------------------------
 # The phases. A step takes image (B, 3, H, W), ImageNet-normalised, and labels (B, K), on the CPU;
-# it returns ({name: scalar}, n): "loss" is minimised, all are logged; n is the number averaged over
+# it returns ({name: scalar}, n): "loss" is minimised, all are logged; n is how many pairs (or
+# images) the loss averages over
 # -------------------------------------------------------------------------------------------------
 
 def classification(args, recipe, split, device):
@@ -211,9 +211,7 @@ def classification(args, recipe, split, device):
     else:
         generator = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K,
                                   recipe["class_attention"], recipe["pool"], recipe["reduction"])
-    journal = train(generator.to(device), classification_step, Crops(split, recipe), recipe, args,
-                    device)
-    journal.finish(**generator_state(generator, split.classes))         # classify.pt
+    train_phase(generator, classification_step, args, recipe, split, device)    # classify.pt
 
 
 def classification_step(generator, image, labels, recipe):
@@ -229,9 +227,7 @@ def matching(args, recipe, split, device, clip, u_f):
     """Head and fusion learn masks whose kept region matches the class text: L_match [eq. 1]."""
     generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
     generator.train_through_clip()
-    journal = train(generator.to(device), match_step, Crops(split, recipe), recipe, args, device,
-                    clip=clip, u_f=u_f)                                 # CLIP is frozen
-    journal.finish(**generator_state(generator, split.classes))         # match.pt
+    train_phase(generator, match_step, args, recipe, split, device, clip=clip, u_f=u_f)  # match.pt
 
 
 def match_step(generator, image, labels, recipe, clip, u_f):
@@ -242,15 +238,17 @@ def match_step(generator, image, labels, recipe, clip, u_f):
 
 def prompt_learning(args, recipe, split, device, clip, u_f):
     """The prompts learn to name what the masks drop, by L_prompt [eq. 2]."""
-    generator = load_generator(args.out / "match.pt", split).eval().requires_grad_(False)  # frozen
+    generator = load_generator(args.out / "match.pt", split).eval().requires_grad_(False)
     prompts = Prompts(len(split.classes), recipe["length"], clip.text_width)
-    journal = train(prompts.to(device), prompt_step, Crops(split, recipe), recipe, args, device,
-                    generator=generator.to(device), clip=clip, u_f=u_f)
-    with torch.no_grad():
-        u_b = clip.encode_prompts(prompts.vectors)                      # (K, E)
-    write_words(args.out, u_b, split, clip)                             # prompts.txt
-    journal.finish(u_b=u_b.cpu(), vectors=prompts.vectors.detach().cpu(),   # prompts.pt
-                   classes=split.classes)
+
+    def learned():                                                      # prompts.txt, prompts.pt
+        with torch.no_grad():
+            u_b = clip.encode_prompts(prompts.vectors)                  # (K, E)
+        write_words(args.out, u_b, split, clip)
+        return {"u_b": u_b.cpu(), "vectors": prompts.vectors.detach().cpu(),
+                "classes": split.classes}
+    train_phase(prompts, prompt_step, args, recipe, split, device, learned,
+                generator=generator.to(device), clip=clip, u_f=u_f)
 
 
 def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
@@ -270,9 +268,8 @@ def refinement(args, recipe, split, device, clip, u_f):
     generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
     generator.train_through_clip()
     u_b = load_prompts(args.out / "prompts.pt", split, clip)            # (K, E), frozen
-    journal = train(generator.to(device), refine_step, Crops(split, recipe), recipe, args, device,
-                    clip=clip, u_f=u_f, u_b=u_b.to(device))
-    journal.finish(**generator_state(generator, split.classes))         # refine.pt
+    train_phase(generator, refine_step, args, recipe, split, device, clip=clip, u_f=u_f,
+                u_b=u_b.to(device))                                     # refine.pt
 
 
 def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
@@ -284,56 +281,20 @@ def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
     return {"loss": L_total, "match": L_match, "refine": L_refine}, len(k)
 
 
-# ---- The loop ------------------------------------------------------------------------------------
+# ---- How a phase trains: optimizer, learning rate, crops -----------------------------------------
 
-def train(model, step_loss, photos, recipe, args, device, **frozen):
-    """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] by AdamW -> Journal"""
-    groups = [{"params": [], "lr_scale": recipe.get("backbone_lr", 1)},
-              {"params": [], "lr_scale": 1}]  # backbone, the rest
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe["weight_decay"])
-    autocast, scaler = mixed_precision(device, args.precision)
-    phase = recipe["phase"]
-    journal = Journal(args.out / phase, recipe, model, optimizer, scaler, args.resume,
-                      again(phase), replaced(args, phase, photos.split))
-    N, steps, every = args.snapshots * (phase != "prompts"), recipe["steps"], journal.every
-    snapshots = {min(steps, every * round(steps * i / N / every)) for i in range(1, N + 1)}
-    batches = load_batches(photos, recipe, journal.step, device, args.workers)
-    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-    ddp_model.train()
-    for step, (image, labels) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of drop path
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * cosine_rate(step - 1, recipe)
-        with autocast:
-            losses, n = step_loss(ddp_model, image.to(device, non_blocking=True), labels, recipe,
-                                  **frozen)
-        optimizer.zero_grad()
-        scaler.scale(losses["loss"] * share_of_all(n, device)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if step in snapshots and RANK == 0:  # before the journal, which would not come back to it
-            save(args.out / f"{phase}-{step}.pt",
-                 generator_state(model, photos.split.classes) | {"record": recipe})
-        journal.write(step, len(photos), losses, n)
-    return journal
-
-
-def share_of_all(n, device):
-    """n over its mean of all processes: scales the loss so that DDP's average of gradients equals
-    the mean over all n. It stays on the device: nothing waits for it."""
-    if WORLD == 1:
-        return 1
-    total = sum_over_processes(torch.full((), float(n), device=device))
-    return n * WORLD / total.clamp(min=1)
+def train_phase(model, step_loss, args, recipe, split, device, result=None, **frozen):
+    """Minimise a phase's loss by AdamW. OUT/PHASE.pt holds result(), by default the generator."""
+    train(args.out / recipe["phase"], model.to(device), step_loss, Crops(split, recipe), recipe,
+          cosine_rate, torch.optim.AdamW, args, device,
+          result or partial(generator_state, model, split.classes),
+          replaced(args, recipe["phase"], split), 0 if result else args.snapshots, **frozen)
 
 
 def cosine_rate(step, recipe):
     """The rate of a step: up from first_lr in the warm-up, then on half a cosine to last_lr. The
-    cosine is counted from step 0, not from the end of the warm-up. With epochs the rate changes
-    that often, each time an epoch late (timm's schedule in DeiT's loop)."""
+    cosine is counted from step 0, not from the end of the warm-up. With `epochs` the rate is
+    updated once per epoch, one epoch late, as in DeiT's loop."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
     if epochs := recipe["epochs"]:
         step = max(0, step * epochs // steps - 1) * steps / epochs
@@ -414,11 +375,6 @@ def record_of(phase, recipe, args, split, texts):
     return record
 
 
-def again(phase):
-    return (f"to keep it, run the later phases alone, by name; to make it anew, --phase {phase} "
-            "without --resume, then the later phases")
-
-
 def replaced(args, phase, split):
     """Files of an earlier run that go when a phase has begun without --resume: its own checkpoint
     and, with --phase all, what the later phases made"""
@@ -441,12 +397,11 @@ def load_prompts(path, split, clip):
 
 def write_words(out, u_b, split, clip):
     """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E)"""
-    if RANK == 0:
-        rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
-        with writing(out / "prompts.txt") as temporary:
-            temporary.write_text("".join(
-                f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"
-                for name, row in zip(split.classes, rows)), encoding="utf-8")
+    rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
+    with writing(out / "prompts.txt") as temporary:
+        temporary.write_text("".join(
+            f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"
+            for name, row in zip(split.classes, rows)), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -472,7 +427,7 @@ def parse_args(argv=None):
     add("--phase", choices=[*PHASES, "all"], default="all", help="one phase, which starts from "
         "the files of the earlier ones, or all of them")
     add("--resume", action="store_true", help="keep what was made of the same inputs, and continue "
-        "exactly where a killed run stopped; without it all is made anew")
+        "exactly where a killed run stopped; without it all is made again")
     add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
         "a checkpoint file")
     add("--snapshots", type=int, default=0, metavar="N", help="OUT/PHASE-STEP.pt too, N times "
@@ -507,9 +462,7 @@ def main(args):
     args.checkpoint = args.checkpoint or args.out / "refine.pt"
     args.cams = args.cams or args.out / "cams"
     keys = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
-    short = {"steps": args.steps, "batch": args.batch}
-    short = [f"{key}={value}" for key, value in short.items() if value is not None and key in keys]
-    changes, texts = read_changes([*short, *args.set], keys, CHOICES), {}
+    changes, texts = read_changes(args, keys, CHOICES), {}
     if set(phases) & {"match", "prompts", "refine"}:
         clip = load_clip(args.clip, device)
         texts = {"clip": clip, "u_f": class_texts(clip, split.words)}            # (K, E)
@@ -519,11 +472,9 @@ def main(args):
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
     for phase in phases:
         torch.manual_seed(args.seed)
-        check_loading(recipe_of(args.recipe, phase, changes).get("batch", WORLD), args.workers)
         recipe = record_of(phase, recipe_of(args.recipe, phase, changes), args, split, texts)
         given = {} if phase in ("classify", "export") else texts
-        if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume,
-                                         again(phase)):
+        if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume):
             PHASES[phase](args, recipe, split, device, **given)
         elif args.snapshots:
             print(f"{phase}.pt is finished: no snapshots of it are made")

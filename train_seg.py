@@ -23,21 +23,20 @@ and OUT/seg.jsonl (the log).
 """
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    AGAIN, IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Journal, Split, check_loading,
-    digest, end_processes, folder_digest, kept, load_batches, load_weights, mixed_precision,
-    mixed_seed, read_changes, read_checkpoint, read_labels, run, start_processes,
-    sum_over_processes)
+    IMAGENET_MEAN, IMAGENET_STD, WORLD, InputError, Split, digest, end_processes, folder_digest,
+    kept, load_weights, mixed_seed, read_changes, read_checkpoint, read_labels, run,
+    start_processes, sum_over_processes, train)
 from mask_generator import Block, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
@@ -60,6 +59,8 @@ TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 
     "crop":         (480,         480,         64),
 }
 RECIPES = ("voc", "coco", "toy")
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+              "adamw": torch.optim.AdamW}
 
 
 class Segmenter(nn.Module):
@@ -110,43 +111,11 @@ def clip_high_losses(losses, start, patch):
 
 def segmentation_step(model, image, labels, recipe):
     """image (B, 3, H, W), labels uint8 (B, H, W) -> {"loss": mean L_i}, n pixels"""
-    losses = F.cross_entropy(model(image), labels.long(), ignore_index=255,
-                             reduction="none")                                   # (B, H, W)
+    labels = labels.to(image.device, non_blocking=True).long()
+    losses = F.cross_entropy(model(image), labels, ignore_index=255, reduction="none")  # (B, H, W)
     if recipe["clip_start"]:
         losses = clip_high_losses(losses, recipe["clip_start"], recipe["clip_patch"])
     return {"loss": losses.mean()}, losses.numel()
-
-
-def train(model, step_loss, photos, recipe, args, device):
-    """Minimise the loss -> Journal. See common.py for mixed precision and logging."""
-    groups = [{"params": [], "lr_scale": recipe["backbone_lr"]},
-              {"params": [], "lr_scale": 1}]  # backbone, decoder
-    for name, p in model.named_parameters():
-        groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
-    if recipe["optimizer"] == "sgd":
-        optimizer = torch.optim.SGD(groups, recipe["lr"], 0.9, nesterov=True,
-                                    weight_decay=recipe["weight_decay"])
-    else:
-        optimizer = torch.optim.AdamW(groups, recipe["lr"], weight_decay=recipe["weight_decay"])
-    autocast, scaler = mixed_precision(device, args.precision)
-    journal = Journal(args.out / "seg", recipe, model, optimizer, scaler, args.resume, AGAIN,
-                      [] if args.resume else [args.out / "seg.pt"])
-    batches = load_batches(photos, recipe, journal.step, device, args.workers)
-    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-    ddp_model.train()
-    for step, (image, labels) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of dropout; after loading
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * poly_rate(step - 1, recipe)
-        with autocast:
-            losses, n = step_loss(ddp_model, image.to(device, non_blocking=True),
-                                  labels.to(device, non_blocking=True), recipe)
-        optimizer.zero_grad()
-        scaler.scale(losses["loss"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        journal.write(step, len(photos), losses, n)
-    return journal
 
 
 def poly_rate(step, recipe):
@@ -231,7 +200,7 @@ def parse_args(argv=None):
     add("--batch", type=int, metavar="N", help="short for --set batch=N: images per step, over all "
         "processes; the rates stay")
     add("--resume", action="store_true", help="keep a finished seg.pt of the same inputs, or "
-        "continue a killed run exactly; without it all is made anew")
+        "continue a killed run exactly; without it all is trained again")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of matrix products; auto: float32 on a CPU, bfloat16 on a GPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -244,10 +213,7 @@ def main(args):
     device = start_processes(args.device)
     split = Split(args.data, args.split)
     recipe = {key: row[RECIPES.index(args.recipe)] for key, row in TABLE.items()}
-    short = {"steps": args.steps, "batch": args.batch}
-    short = [f"{key}={value}" for key, value in short.items() if value is not None]
-    recipe |= read_changes([*short, *args.set], recipe, {"optimizer": ("sgd", "adamw")})
-    check_loading(recipe["batch"], args.workers)
+    recipe |= read_changes(args, recipe, {"optimizer": tuple(OPTIMIZERS)})
     if recipe["batch"] % WORLD:
         raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {WORLD} "
                          "processes")
@@ -259,10 +225,11 @@ def main(args):
         torch.manual_seed(args.seed)
         vit = load_backbone(args.vit, recipe)
         model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
-        photos = Labelled(split, args.labels, recipe)
-        journal = train(model, segmentation_step, photos, recipe, args, device)
-        journal.finish(segmenter=model.state_dict(), vit=vit.sizes, recipe=args.recipe,
-                       classes=split.classes)
+        train(args.out / "seg", model, segmentation_step, Labelled(split, args.labels, recipe),
+              recipe, poly_rate, OPTIMIZERS[recipe["optimizer"]], args, device,
+              lambda: {"segmenter": model.state_dict(), "vit": vit.sizes, "recipe": args.recipe,
+                       "classes": split.classes},
+              replaced=[] if args.resume else [args.out / "seg.pt"])
     end_processes()
 
 

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import common
 import eval
 import make_pseudo
 import train_cam
@@ -83,8 +84,7 @@ class NoScaler:
 def test_all_stages_keep_tensors_on_their_device(toy, tmp_path, monkeypatch):
     for module in (train_cam, make_pseudo, train_seg, eval):
         monkeypatch.setattr(module, "start_processes", lambda _: ELSEWHERE)
-        if hasattr(module, "mixed_precision"):
-            monkeypatch.setattr(module, "mixed_precision", lambda *_: (Context(), NoScaler))
+    monkeypatch.setattr(common, "mixed_precision", lambda *_: (Context(), NoScaler))
     monkeypatch.setattr(eval, "ThreadPoolExecutor", lambda _: Context(Context()))
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, path: save(tree_map(here, state), path))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PHASES, TINY, moved, run_script
 
+import common
 import train_cam
 from clip_model import CLIP_MEAN, CLIP_STD, load_clip, tokenize
 from common import IMAGENET_MEAN, IMAGENET_STD, InputError, Split
@@ -187,7 +188,7 @@ def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, 
     names = (root / "classes.txt").read_text().split()
     (root / "classes.txt").write_text("boat: steam ship\n" + "\n".join(names[1:]))
     for rank in (0, 1):
-        monkeypatch.setattr(train_cam, "RANK", rank)
+        monkeypatch.setattr(common, "RANK", rank)
         out = shutil.copytree(chain / "cam", tmp_path / f"rank {rank}")
         cam(out, "--phase", phase, *drop, data=root)
     texts = load_clip(toy / "clip.pt").encode_text(tokenize(

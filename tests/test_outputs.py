@@ -186,8 +186,7 @@ def test_resume_refuses_what_was_made_of_other_inputs(change, name, says, ours, 
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("length=4", "prompts.pt: made with length 30, now it is 4; to keep it, run the later phases "
-     "alone, by name; to make it anew, --phase prompts without --resume, then"),
+    ("length=4", "prompts.pt: made with length 30, now it is 4; --phase prompts without --resume"),
     ("lambda_t=0.5", "prompts.pt: made with lambda_t 0.02, now it is 0.5")])
 def test_resume_names_the_phase_and_the_key(flags, says, ours, capsys):
     assert says in error_line(capsys, *stage("cam", ours), "--set", flags)

@@ -13,6 +13,7 @@ from conftest import CPU, PHASES, TINY, call, error_line, run_script
 from PIL import Image
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
+import common
 import eval
 import train_cam
 import train_seg
@@ -211,8 +212,9 @@ def voc_like(toy, out, labels):
     model = Segmenter(train_seg.load_backbone(f"{toy}/vit.pth", recipe | {"drop_path": 0}), 7)
     start = deepcopy(model)
     photos = train_seg.Labelled(Split(f"{toy}/data", "train"), labels, recipe)
-    journal = train_seg.train(model, train_seg.segmentation_step, photos, recipe, args, device)
-    journal.finish(segmenter=model.state_dict())
+    train_seg.train(args.out / "seg", model, train_seg.segmentation_step, photos, recipe,
+                    train_seg.poly_rate, train_seg.OPTIMIZERS["sgd"], args, device,
+                    lambda: {"segmenter": model.state_dict()})
     end_processes()
     return start, model, photos, recipe
 
@@ -279,7 +281,7 @@ def test_every_step_and_process_drops_others(toy, one_process, tmp_path, monkeyp
         return step(*args)
     monkeypatch.setattr(train_seg, "segmentation_step", watched)
     for rank in (0, 1):
-        monkeypatch.setattr(train_seg, "RANK", rank)
+        monkeypatch.setattr(common, "RANK", rank)
         voc_like(toy, tmp_path / str(rank), one_process[0] / "labels")
     assert len(set(numbers)) == len(numbers) == 6
 
