@@ -78,7 +78,6 @@ class CLIP(nn.Module):
 
     def encode_image(self, x):
         """Images (B, 3, R, R), normalised with CLIP_MEAN and CLIP_STD -> v (B, E)"""
-        assert x.shape[1:] == (3, self.resolution, self.resolution), tuple(x.shape)
         return self.visual(x)
 
     def encode_text(self, tokens):
@@ -289,7 +288,7 @@ def load_clip(name_or_path, device="cpu"):
     return clip.requires_grad_(False).eval().to(device)
 
 
-def build_clip(state, path="", expected="a CLIP with a ViT"):
+def build_clip(state, path, expected):
     """{name: tensor} -> CLIP in float32 [detail L3]. Sizes are read off the shapes."""
     width, _, _, patch = state["visual.conv1.weight"].shape
     resolution = math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch

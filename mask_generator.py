@@ -67,11 +67,10 @@ class MaskGenerator(nn.Module):
         vit.norm.requires_grad_(False)           # tokens are read before it
 
     def train_through_clip(self):
-        """What matching and refinement train: head and fusion. Returns self."""
+        """What matching and refinement train: head and fusion."""
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         self.fusion.requires_grad_(True)
-        return self
 
     def forward(self, image):
         """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w), not negative, and logits
@@ -247,7 +246,6 @@ class CNNGenerator(nn.Module):
 
     def train_through_clip(self):
         """If S is a CNN, all of it is fine-tuned, the backbone at a lower rate, as in CLIMS."""
-        return self
 
     def forward(self, image):
         """image (B, 3, H, W) ImageNet-normalised -> cam (B, K, h, w) and {"pooled": (B, K)}"""
