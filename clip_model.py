@@ -277,8 +277,8 @@ def load_clip(name_or_path, device="cpu"):
         elif sha256 in {model.split("/")[0] for model in MODELS.values()}:
             state = dict(torch.jit.load(path, map_location="cpu").state_dict())
         else:
-            raise InputError(f"{path}: TorchScript, and not a file of OpenAI's; it would run its own "
-                             "code; if you trust it, convert it: "
+            raise InputError(f"{path}: TorchScript, and not a file of OpenAI's; it would run code "
+                             "that is in it; if you trust it, convert it: "
                              f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
         clip = build_clip(state, path, expected)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:

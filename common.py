@@ -146,7 +146,7 @@ def check_record(path, before, now):
         if (old := json.dumps(before.get(key))) != (new := json.dumps(now.get(key))):
             phase = f"--phase {now['phase']}" if "phase" in now else "this command"
             raise InputError(f"{path}: made with {key} {old:.20}, now it is {new:.20}; {phase} "
-                             "without --resume makes it anew, then run what follows; to keep it, "
+                             "without --resume makes it again, then run what follows; to keep it, "
                              "run the later phases alone, by name; or pass another --out")
 
 
@@ -383,7 +383,7 @@ def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device,
     autocast, scaler = mixed_precision(device, args.precision)
     journal = Journal(path, recipe, args.resume,
                       {"model": model, "optimizer": optimizer, "scaler": scaler})
-    for file in replaced if RANK == 0 else ():  # all inputs were good and the disk has room
+    for file in replaced if RANK == 0 else ():  # inputs are good, the disk has room
         file.unlink(missing_ok=True)
     every, steps = journal.every, recipe["steps"]
     at = {min(steps, every * round(steps * i / snapshots / every)) for i in range(1, snapshots + 1)}

@@ -123,7 +123,7 @@ class AttentionFusion(nn.Module):
 
 class Rectify(torch.autograd.Function):
     """relu of maps (B, K, h, w), but a map that is zero everywhere passes the gradient that would
-    raise it: with a plain relu it would stay zero for good. [detail 2]"""
+    raise it: with a plain relu it would stay zero. [detail 2]"""
 
     @staticmethod
     def forward(ctx, x):

@@ -111,7 +111,7 @@ def clip_high_losses(losses, start, patch):
 
 def segmentation_step(model, image, labels, recipe):
     """image (B, 3, H, W), labels uint8 (B, H, W) -> {"loss": mean L_i}, n pixels"""
-    labels = labels.to(image.device, non_blocking=True).long()
+    labels = labels.to(image.device, non_blocking=True).long()                  # (B, H, W)
     losses = F.cross_entropy(model(image), labels, ignore_index=255, reduction="none")  # (B, H, W)
     if recipe["clip_start"]:
         losses = clip_high_losses(losses, recipe["clip_start"], recipe["clip_patch"])
