@@ -272,7 +272,7 @@ KILLS = {  # where it writes; the command; another run there before it; writes b
     "seg": ("seg", STAGES["seg"] + " --seed 1", STAGES["seg"], 5),
     "foreign": ("out", "foreign --data {m}/data --cams {m}/theirs --out {m}/out",
                 "foreign --data {m}/data --cams {m}/others --out {m}/out", 4),
-    "coco": ("coco", "coco --coco {m}/coco --workers 1", "", 6),
+    "coco": ("coco", "coco --coco {m}/coco", "", 6),
 }
 
 

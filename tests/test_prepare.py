@@ -11,10 +11,9 @@ import coco
 import numpy as np
 import pytest
 import voc
-from conftest import REAL, call, error_line, files_in
+from conftest import call, error_line, files_in
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 from common import InputError, Split, write_labels
 
@@ -240,22 +239,3 @@ def test_a_json_that_is_not_cocos(text, tmp_path, capsys):
         (root / "annotations/instances_train2014.json").write_text(text)
     says = "no such file" if text is None else "not COCO's"
     assert f"instances_train2014.json: {says}" in error_line(capsys, "coco", "--coco", root)
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
-def test_real_coco(tmp_path):
-    """Every label and every pixel, against pycocotools' own reader of the json"""
-    root = REAL / "coco_mini"
-    call("coco", "--coco", root, "--out", tmp_path)
-    for split in ("train", "val"):
-        found, classes = listed(tmp_path, split), Split(tmp_path, split).classes
-        api = COCO(str(root / f"annotations/instances_{split}2014.json"))
-        shown = [image for i, image in api.imgs.items() if api.getAnnIds(i)]
-        assert list(found) == [Path(image["file_name"]).stem for image in shown]
-        for name, image in zip(found, shown):
-            truth, names = np.zeros((image["height"], image["width"]), np.uint8), set()
-            for entry in reversed(api.loadAnns(api.getAnnIds(image["id"]))):  # the first wins
-                names.add(kind := api.cats[entry["category_id"]]["name"])
-                truth[api.annToMask(entry) > 0] = 1 + classes.index(kind)
-            assert set(found[name]) == names and len(classes) == 80
-            assert np.array_equal(labels_in(tmp_path / f"masks/{name}.png"), truth)
