@@ -293,13 +293,16 @@ class Split:
     upright: whether EXIF orientation counts; digest: of names, labels, EXIF switch and sizes in
     bytes; folders: of the photos and their masks, in which nothing is written."""
 
+    AS_STORED = ": ignore exif"  # first line of classes.txt; a class has a name before its colon
+
     def __init__(self, root, split):
         self.root, self.split = Path(root), split
         lines = self.read("classes.txt", "a class per line")
+        self.upright = lines[:1] != [self.AS_STORED]
+        lines = lines if self.upright else lines[1:]
         parts = [line.partition(":") for line in lines if line and line[0] != "#"]
         self.classes = [name.strip() for name, _, _ in parts]
         self.words = [words.strip() or name.strip() for name, _, words in parts]
-        self.upright = "# exif: ignore" not in lines
         number = {name: k for k, name in enumerate(self.classes)}
         if not 0 < len(number) == len(self.classes) < 255 or {"", "background"} & set(number):
             raise InputError(f"{self.root / 'classes.txt'}: {len(self.classes)} classes, "

@@ -6,9 +6,8 @@
 
 The 80 classes are in the order of their category ids, which run to 90 with gaps. Images without an
 object are left out, as the field does: 82,081 and 40,137 remain. Labels are the classes of an
-image's objects, crowds too. pycocotools draws the masks, as SemPLeS's script does: where objects
-overlap, the first annotation wins; crowds are drawn as their class. Other projects have other masks
-(docs/data.md), so scores compare only nearly.
+image's objects, crowds too. pycocotools draws the masks as SemPLeS's script does: where objects
+overlap, the first annotation wins; crowds are drawn as their class.
 """
 import argparse
 import csv
@@ -16,7 +15,6 @@ import json
 import os
 import sys
 from collections import defaultdict
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -28,45 +26,35 @@ except ImportError:
     coco_mask = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (  # noqa: E402
-    InputError, claim, digest, run, write_labels, writing)
+from common import InputError, Split, claim, digest, run, write_labels, writing  # noqa: E402
 
 OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
 MISSING_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1 to 90: they name no class
 
 
-def read_instances(path, with_outlines):
+def read_instances(path):
     """instances json -> class names, and the images that show an object: [(file name, (H, W),
-    objects [(class, outline as text)])]"""
-    objects = defaultdict(list)  # image id -> [(category id, outline)]
-
-    def gather(entry):
-        """Sees each {...} of the json. As numbers, outlines would take ten times the memory."""
-        if "category_id" not in entry:
-            return entry
-        outline = json.dumps(entry["segmentation"]) if with_outlines else ""
-        objects[entry["image_id"]].append((entry["category_id"], outline))
-
+    objects [(class, outline)])]"""
     try:
-        with open(path, encoding="utf-8") as file:
-            whole = json.load(file, object_hook=gather)
+        whole = json.loads(path.read_text(encoding="utf-8"))
         categories = sorted(whole["categories"], key=lambda category: category["id"])
         number = {category["id"]: k for k, category in enumerate(categories)}
-        images = [(image["file_name"], (image["height"], image["width"]),
-                   [(number[c], outline) for c, outline in objects.pop(image["id"])])
+        objects = defaultdict(list)  # of an image id
+        for entry in whole["annotations"]:
+            objects[entry["image_id"]].append((number[entry["category_id"]], entry["segmentation"]))
+        images = [(image["file_name"], (image["height"], image["width"]), objects[image["id"]])
                   for image in whole["images"] if image["id"] in objects]
         return [category["name"] for category in categories], images
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not COCO's instances ({type(error).__name__}: {error}); "
                          "expected images, annotations, categories; download it again") from None
 
 
 def draw_objects(size, objects, source):
-    """[(class, outline as text)] -> labels uint8 (H, W): 0 background, 1..K, the first on top"""
+    """[(class, outline)] -> labels uint8 (H, W): 0 background, 1..K, the first on top"""
     labels = np.zeros(size, np.uint8)
-    for k, outline in reversed(objects):
+    for k, runs in reversed(objects):  # polygons, or run lengths, as numbers or packed into text
         try:
-            runs = json.loads(outline)  # polygons, or run lengths, as numbers or packed into text
             if isinstance(runs, list):
                 runs = coco_mask.merge(coco_mask.frPyObjects(runs, *size))
             elif isinstance(runs["counts"], list):
@@ -79,11 +67,6 @@ def draw_objects(size, objects, source):
     return labels
 
 
-def write_mask(job):
-    path, *drawing = job
-    write_labels(path, draw_objects(*drawing))
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepares MS COCO.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -94,14 +77,11 @@ def parse_args(argv=None):
         help="draw masks/NAME.png with pycocotools: eval.py needs them, training does not")
     add("--resume", action="store_true", help="keep the masks that a killed run of the same "
         "annotations has drawn; without it all are drawn anew")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that draw masks")
     return parser.parse_args(argv)
 
 
 def main(args):
     coco, out, sources = Path(args.coco), Path(args.out or args.coco), {}
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: expected 1 or more")
     if args.masks and coco_mask is None:
         raise InputError("masks take pycocotools: pip install pycocotools, or pass --no-masks")
     for split in ("train", "val"):
@@ -117,13 +97,13 @@ def main(args):
               [coco / path.stem.removeprefix("instances_") for path in sources.values()])
     for split, source in sources.items():
         print(f"reading {source}", flush=True)
-        classes, images = read_instances(source, args.masks)
+        classes, images = read_instances(source)
         official = OFFICIAL.get(source.stem, len(images))
         if len(images) > 1000 and len(images) != official:
             raise InputError(f"{source}: {len(images):,} images with objects; expected "
                              f"{official:,}; download it again, or rename a json of your own")
         with writing(out / "classes.txt") as path:  # outlines refer to the stored pixels
-            path.write_text("\n".join(["# exif: ignore", *classes]) + "\n", encoding="utf-8")
+            path.write_text("\n".join([Split.AS_STORED, *classes]) + "\n", encoding="utf-8")
         photos = coco.resolve() / source.stem.removeprefix("instances_")
         photos = Path(os.path.relpath(photos, out.resolve()))  # Split tells which are not there
         table = [[(photos / name).as_posix(),
@@ -131,19 +111,13 @@ def main(args):
                  for name, _, objects in images]
         with writing(out / f"{split}.csv") as path, open(path, "w", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(table)
-        if args.masks:
-            jobs = [(path, size, objects, f"{source}: {name}") for name, size, objects in images
-                    if not (path := out / "masks" / f"{Path(name).stem}.png").is_file()]
-            with Pool(args.workers) as pool:
-                list(tqdm(pool.imap_unordered(write_mask, jobs, 16), f"masks of {split}",
-                          len(jobs), disable=None))
+        for name, size, objects in tqdm(images if args.masks else [], f"masks of {split}",
+                                        disable=None):
+            path = out / "masks" / f"{Path(name).stem}.png"
+            if not path.is_file():
+                write_labels(path, draw_objects(size, objects, f"{source}: {name}"))
         print(f"{out / split}.csv: {len(images):,} images")
-    print(f"""next:
-    python train_cam.py --data {out} --recipe coco --out runs/coco
-    python make_pseudo.py --data {out} --cams runs/coco/cams --out runs/coco/masks --crf irn \\
-                          --background-score 0.42
-    python train_seg.py --data {out} --labels runs/coco/masks --recipe coco --out runs/coco
-    python eval.py --data {out} --checkpoint runs/coco/seg.pt""")
+    print(f"next:\n    python train_cam.py --data {out} --recipe coco --out runs/coco")
 
 
 if __name__ == "__main__":

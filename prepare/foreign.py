@@ -4,11 +4,8 @@
   python prepare/foreign.py --data ROOT --split train --segments SAM --out segments
 
 --cams: THEIRS/NAME.npy holds a pickled dict, {class: map} (PSA, MCTformer, WeakTr), or {"keys":
-classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES). How they number the
-classes follows from the labels of the whole list: from 0, or from 1 behind the background, whose
-map is left out; those of COCO also by the 90 category ids, less 1 or not. Maps that leave [0, 1]
-are scaled to it. OUT/NAME.npy is float16 (n, h, w), of the n shown classes in order.
-
+classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES). docs/data.md says
+how they may number the classes. OUT/NAME.npy is float16 (n, h, w), of the n shown classes in order.
 --segments: SAM/NAME.json is the output of SAM's automatic mask generator (run lengths, which
 pycocotools decodes), SAM/NAME.npz a boolean array (s, H, W). A smaller segment lies on a larger
 one. OUT/NAME.png is a picture (H, W) of 16 bits: the number of the segment, 0 for none.
@@ -19,10 +16,8 @@ import argparse
 import io
 import json
 import pickle
-import pickletools
 import re
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +25,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-try:
-    from pycocotools import mask as coco_mask
-except ImportError:
-    coco_mask = None
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from coco import MISSING_IDS  # noqa: E402
-from common import (  # noqa: E402
-    InputError, Split, claim, folder_digest, run, writing)
+from coco import MISSING_IDS, coco_mask  # noqa: E402
+from common import InputError, Split, claim, folder_digest, run, writing  # noqa: E402
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------
@@ -84,14 +73,6 @@ class PlainUnpickler(pickle.Unpickler):
         "torch.storage._load_from_bytes":  # a pickle within the pickle
             lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)}
 
-    def __init__(self, file):
-        begin = file.tell()
-        for number, (code, argument, _) in enumerate(pickletools.genops(file)):
-            if number > 5000 or code.name == "LONG_BINPUT" and argument > 5000:  # memory, stack
-                raise pickle.UnpicklingError("more parts than CAMs have")
-        file.seek(begin)
-        super().__init__(file)
-
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("numpy.core.", "").replace("numpy._core.", "")
         if name not in self.KNOWN:
@@ -103,36 +84,33 @@ def plain(value):
     return value.array if isinstance(value, PickledArray) else value
 
 
-def read_dict(path):
-    """NAME.npy of another program -> {its number of a class: map (h, w)}"""
+def read_maps(path):
+    """NAME.npy of another program -> {its number of a class: map float32 (h, w)}"""
     try:
         with open(path, "rb") as file:
-            version, _ = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
-            if not read_header(file)[2].hasobject:
-                raise ValueError("an array, no pickled dict")
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
             data = plain(PlainUnpickler(file).load())
         ids, maps = data.keys(), data.values()
         if "keys" in data:
-            name = next((key for key in ("high_res", "attn_highres", "cam") if key in data), None)
-            if name is None:
-                raise ValueError(f"a dict of {sorted(data)}")
+            name = [key for key in ("high_res", "attn_highres", "cam") if key in data][0]
             ids, maps = plain(data["keys"]), plain(data[name])
-        return dict(zip(map(int, ids), map(plain, maps), strict=True))
-    except Exception as error:  # a broken pickle raises anything
-        raise refusal(path, error) from None
-
-
-def refusal(path, error):
-    return InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]:.200}); "
-                      "expected a dict of maps as PSA, MCTformer, WeakTr, IRN, CLIMS, AMN and "
-                      "CLIP-ES write; pass their folder and the labels they had")
+        found = dict(zip(map(int, ids), map(plain, maps), strict=True))
+        for number, cam in found.items():
+            if len(cam.shape) != 2 or not 0 < cam.shape[0] * cam.shape[1] < 2**28:
+                raise ValueError(f"a map of shape {tuple(cam.shape)}")
+            found[number] = np.asarray(cam, np.float32)
+        return found
+    except Exception as error:  # a broken pickle raises anything, what is called a map may be that
+        raise InputError(f"{path}: no readable CAMs ({str(error).partition(chr(10))[0]:.200}); "
+                         "expected a dict of maps as PSA, MCTformer, WeakTr, IRN, CLIMS, AMN and "
+                         "CLIP-ES write; pass their folder and the labels they had") from None
 
 
 def numberings(num_classes):
     """{name: the numbers that a program may give our K classes, then the background's or None}"""
-    found = {"from 0": (range(num_classes), None), "from 1, background 0":
-             (range(1, num_classes + 1), 0)}
+    found = {"from 0": (range(num_classes), None),
+             "from 1, background 0": (range(1, num_classes + 1), 0)}
     if num_classes == 80:
         ids = [i for i in range(1, 91) if i not in MISSING_IDS]
         found |= {"COCO's category ids less 1": ([i - 1 for i in ids], None),
@@ -140,19 +118,19 @@ def numberings(num_classes):
     return found
 
 
-def choose_numbering(keys, shown, num_classes):
-    """keys [set of numbers in a file], shown [the classes of its photo, from 0], file by file ->
-    name of the one numbering that fits the whole list, or None"""
+def choose_numbering(keys, shown, every):
+    """keys [set of numbers in a file], shown [the classes of its photo, from 0], file by file;
+    every: what `numberings` returns -> name of the one that fits the whole list, or None"""
     def fits(numbers, background, exactly):
-        every = {*range(max(numbers) + 1)} - ({0} if background == 0 else set())
+        all_maps = {*range(max(numbers) + 1)} - ({0} if background == 0 else set())
         for found, classes in zip(keys, shown):
-            wanted = {numbers[k] for k in classes}
-            found = found - {background}
-            if not wanted <= found or exactly and found not in (wanted, every):
+            wanted, found = {numbers[k] for k in classes}, found - {background}
+            if not wanted <= found or exactly and found not in (wanted, all_maps):
                 return False
         return True
+
     for exactly in (False, True):  # the shown classes are there; and no others, or all
-        good = [name for name, (numbers, background) in numberings(num_classes).items()
+        good = [name for name, (numbers, background) in every.items()
                 if fits(numbers, background, exactly)]
         if len(good) == 1:
             return good[0]
@@ -162,19 +140,15 @@ def choose_numbering(keys, shown, num_classes):
 def foreign_cams(path, numbers):
     """NAME.npy of another program, its numbers of the n shown classes -> maps float16 (n, h, w) in
     [0, 1]"""
-    maps = read_dict(path)
-    try:
-        maps = [maps[number] for number in numbers]
-        if not all(len(cam.shape) == 2 and 0 < cam.shape[0] * cam.shape[1] < 2**28 for cam in maps):
-            raise ValueError(f"maps of shape {[tuple(cam.shape) for cam in maps]}")
-        maps = np.stack([np.asarray(cam, np.float32) for cam in maps])
-        if not np.isfinite(maps).all():
-            raise ValueError("values that are not finite")
-    except Exception as error:  # what is called a map may be anything
-        raise refusal(path, error) from None
-    low, high = (f(maps, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+    found = read_maps(path)
+    maps = [found[number] for number in numbers]
+    if len({cam.shape for cam in maps}) != 1 or not all(np.isfinite(cam).all() for cam in maps):
+        raise InputError(f"{path}: maps of several sizes, or values that are not finite; expected "
+                         "maps of one size; make them again")
+    maps = np.stack(maps)
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     if low.min() < 0 or high.max() > 1.001:
-        maps = (maps - low) / (high - low + 1e-12)
+        maps = (maps - low) / (high - low + 1e-12)  # each by its own range
     return maps.clip(0, 1).astype(np.float16)
 
 
@@ -183,9 +157,6 @@ def foreign_cams(path, numbers):
 def read_masks(path, size):
     """NAME.json or NAME.npz -> the segments, one after the other, bool (H, W)"""
     if path.suffix == ".npz":
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > 2**29:
-                raise ValueError("more than 512 MB")
         with np.load(path, allow_pickle=False) as file:
             masks = file[file.files[0]]
         if masks.dtype != bool or masks.shape[1:] != size:
@@ -244,37 +215,34 @@ def main(args):
     if args.segments and coco_mask is None and any(source.glob("*.json")):
         raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
     names = [name for name in split.names if args.segments or split.labels[name].any()]
-    present = {name: split.present(name).tolist() for name in names}
-    remedy = "pass the list that the program was given"
+    files = [f"{name}.npy" if args.cams else segment_file(source, name).name for name in names]
+    record = {"cams" if args.cams else "segments":
+              folder_digest(source, files, "pass the list that the program was given"),
+              "photos": split.digest}
     if args.cams:
-        files = [f"{name}.npy" for name in names]
-        record = {"cams": folder_digest(source, files, remedy), "photos": split.digest}
-        keys = [set(read_dict(source / file)) for file in tqdm(files, "read", disable=None)]
-        numbering = choose_numbering(keys, present.values(), len(split.classes))
+        every = numberings(len(split.classes))
+        keys = [set(read_maps(source / file)) for file in tqdm(files, "read", disable=None)]
+        numbering = choose_numbering(keys, [split.present(name) for name in names], every)
         if numbering is None:
             raise InputError(f"{source}: maps of the classes {sorted(set().union(*keys))}, which "
                              "fit no numbering of all files, or several; expected one of "
-                             f"{', '.join(numberings(len(split.classes)))}; pass the labels that "
-                             "the program was given")
-        numbers, _ = numberings(len(split.classes))[numbering]
+                             f"{', '.join(every)}; pass the labels that the program was given")
+        numbers, _ = every[numbering]
         print(f"{source}: classes are numbered {numbering}")
-    else:
-        files = [segment_file(source, name).name for name in names]
-        record = {"segments": folder_digest(source, files, remedy), "photos": split.digest}
     claim(out, [name + ending for name in split.names], record, args.resume,
           [*split.folders, source])
     left = [name for name in names if not (out / (name + ending)).is_file()]
     for name in tqdm(left, "converted", disable=None):
         if args.cams:
-            maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in present[name]])
+            maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in split.present(name)])
         else:
             picture = Image.fromarray(read_segments(source, name, split.image(name).size[::-1]))
         with writing(out / (name + ending)) as path:
             np.save(path, maps) if args.cams else picture.save(path)
     print(f"{out}: {len(names)} files, {len(left)} of them new")
-    print(f"next:\n    python make_pseudo.py --data {args.data} --split {args.split} "
-          + (f"--cams {out} --out masks" if args.cams else
-             f"--segments {out} --cams cams --out masks"))
+    flags = f"--cams {out}" if args.cams else f"--segments {out} --cams cams"
+    print(f"next:\n    python make_pseudo.py --data {args.data} --split {args.split} {flags} "
+          "--out masks")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 --cam: the mask generator after classification, from which SemPLeS starts matching and refinement;
 writes OUT/classify.pt. --seg: the segmentation model; writes OUT/seg.pt. Nothing in a file is
-executed. All weights are used, except the segmentation backbone's ImageNet classifier and, of
-COCO's 90 category ids, the ten that name no class.
+executed. All weights are used, except the backbone's ImageNet classifier in --seg and, of COCO's 90
+category ids, the ten that name no class.
 """
 import argparse
 import re

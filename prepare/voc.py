@@ -4,19 +4,16 @@
   python prepare/voc.py --voc data/VOCdevkit/VOC2012  # takes an archive unpacked before
   python prepare/voc.py --voc ... --out data/voc      # writes elsewhere; photos are never copied
 
-A csv for each list in ImageSets/Segmentation (train, val, test, your own), and two more:
-  train_aug  SBD's 10,582 images: the list train_aug.txt or trainaug.txt, or else the file names in
-             SegmentationClassAug, without those of val
-  train_xml  for who has VOC alone: all images whose XML names every object, without val
-Labels are the classes of an image's XML boxes, difficult ones too. A test list without XML gets
-none. Masks come from SegmentationClass, and from SegmentationClassAug where only that has one.
+A csv for each list in ImageSets/Segmentation (train, val, test, your own), and two more: train_aug,
+SBD's 10,582 images, and train_xml, for who has VOC alone (docs/data.md). Labels are the classes of
+an image's XML boxes, difficult ones too. A test list without XML gets none. Masks come from
+SegmentationClass, and from SegmentationClassAug where only that has one.
 """
 import argparse
 import csv
 import os
 import shutil
 import sys
-import tarfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -24,22 +21,17 @@ from torchvision.datasets import VOCSegmentation
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, claim, digest, run, writing  # noqa: E402
+from common import InputError, Split, claim, digest, run, writing  # noqa: E402
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
            "diningtable: dining table", "dog", "horse", "motorbike", "person: player",
            "pottedplant: potted plant", "sheep", "sofa", "train", "tvmonitor: tv monitor"]
-ALIASES = {"trainaug": "train_aug"}  # mmsegmentation's and WeakTr's name of the list
 OFFICIAL = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582, "test": 1456}
 
 
 def read_lines(path):
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}); expected a name a line, in UTF-8; "
-                         "save it so") from None
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_names(path):
@@ -63,14 +55,9 @@ def read_xml(path, classes):
 
 
 def download(folder, voc):
-    if not hasattr(tarfile, "data_filter"):
-        raise InputError(f"--download: Python {sys.version.split()[0]} unpacks archives unchecked; "
-                         "expected 3.10.12, 3.11.4 or later; update Python, or unpack VOC 2012 by "
-                         f"hand and pass --voc {voc}")
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # stays in the folder
     try:
         VOCSegmentation(folder, "2012", "train", download=True)
-    except (OSError, RuntimeError, tarfile.TarError) as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{folder}: VOC 2012 cannot be downloaded ({reason}); expected the "
                          "official archive and 4 GB of room; run again, or unpack it by hand and "
@@ -98,10 +85,11 @@ def main(args):
 
     # ---- Read ------------------------------------------------------------------------------------
     lines = read_lines(voc / "classes.txt") if (voc / "classes.txt").is_file() else CLASSES
-    lines = ["# exif: ignore",  # boxes and masks refer to the stored pixels
-             *(line for line in lines if line != "# exif: ignore")]
+    lines = [line for line in lines if line != Split.AS_STORED]
     classes = [line.partition(":")[0].strip() for line in lines if line[0] != "#"]
-    sources = {ALIASES.get(path.stem, path.stem): path for path in sorted(folder.glob("*.txt"))}
+    sources = {path.stem: path for path in sorted(folder.glob("*.txt"))}
+    if "trainaug" in sources:  # mmsegmentation's and WeakTr's name of the list
+        sources["train_aug"] = sources.pop("trainaug")
     lists = {split: read_names(path) for split, path in sources.items()}
     val, test = set(lists.get("val", [])), set(lists.get("test", []))
     if "train_aug" not in lists and (aug := voc / "SegmentationClassAug").is_dir():
@@ -109,7 +97,7 @@ def main(args):
         lists["train_aug"] = sorted({path.stem for path in aug.glob("*.png")} - val)
     for split, source in sources.items():
         count, official = len(lists[split]), OFFICIAL.get(split)
-        if official and count > 1000 and count != official and lines[1:] == CLASSES:
+        if official and count > 1000 and count != official and lines == CLASSES:
             raise InputError(f"{source}: {count:,} images; expected {official:,}; unpack it again, "
                              "rename a list of your own, or, of the 12,031 of all SBD, delete the "
                              "list: train_aug is then made without val")
@@ -129,8 +117,8 @@ def main(args):
         sizes = [[name, path.stat().st_size] for name, path in masks.items()]
         claim(out / "masks", masks, {"masks": digest(sizes)},
               reads={path.parent for path in masks.values()})
-    with writing(out / "classes.txt") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with writing(out / "classes.txt") as path:  # boxes and masks refer to the stored pixels
+        path.write_text("\n".join([Split.AS_STORED, *lines]) + "\n", encoding="utf-8")
     photos = Path(os.path.relpath(voc.resolve(), out.resolve())) / "JPEGImages"
     for split, names in lists.items():
         table = [[(photos / f"{name}.jpg").as_posix(), ";".join(labels.get(name, []))]
@@ -143,12 +131,7 @@ def main(args):
         with writing(out / "masks" / name) as path:
             shutil.copyfile(mask, path)
     split = "train_aug" if "train_aug" in lists else "train_xml"
-    print(f"""next:
-    python train_cam.py --data {out} --split {split} --recipe voc --out runs/voc
-    python make_pseudo.py --data {out} --split {split} --cams runs/voc/cams --out runs/voc/masks
-    python train_seg.py --data {out} --split {split} --labels runs/voc/masks --recipe voc \\
-                        --out runs/voc
-    python eval.py --data {out} --checkpoint runs/voc/seg.pt""")
+    print(f"next:\n    python train_cam.py --data {out} --split {split} --out runs/voc")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from conftest import CPU, check_label_png, error_line, files_in
 from PIL import Image
 
 import common
-from make_pseudo import read_segments
 from common import (
     PALETTE, InputError, Split, load_batches, read_labels, write_labels, writing)
 
@@ -42,13 +41,18 @@ def test_tables_and_classes_as_people_write_them(table, classes, tmp_path):
 
 
 def test_photos_are_turned_but_where_masks_refer_to_stored_pixels(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    roots = [photos(tmp_path / str(i), classes=f"{comment}\ncat\ndog\n", exif=exif)
-             for i, comment in enumerate(("# mine", "# exif: ignore"))]
-    upright, stored = (Split(root, "train").image("a") for root in roots)
+    """A first line switches, a comment does not; further down it is a class without a name. EXIF:
+    to be turned by 90 degrees, beside an XResolution that is text, as some programs write it"""
+    tags = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHI4sI", 0x011A, 2, 2, b"x", 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
+    upright, stored, neither = (
+        photos(tmp_path / str(i), classes=f"{lines}\ncat\ndog\n", exif=exif)
+        for i, lines in enumerate(("# : ignore exif", ": ignore exif", "bird\n: ignore exif")))
+    upright, stored = (Split(root, "train").image("a") for root in (upright, stored))
     assert upright.size == (8, 12) and stored.size == (12, 8)
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(stored), -1))
+    with pytest.raises(InputError, match="classes.txt"):
+        Split(neither, "train")
 
 
 def test_labels_survive_a_file(tmp_path):
@@ -58,9 +62,8 @@ def test_labels_survive_a_file(tmp_path):
     write_labels(tmp_path / "a.png", labels)
     check_label_png(tmp_path / "a.png", (3, 2), {0, 1, 2, 6, 255})
     assert np.array_equal(read_labels(tmp_path / "a.png", (2, 3), 7), labels)
-    for size, num_labels, says in (((3, 2), 7, "its photo"),
-                                   ((2, 3), 6, "label 6: .* with 0 to 5 or 255")):
-        with pytest.raises(InputError, match=says):
+    for size, num_labels in (((3, 2), 7), ((2, 3), 6)):
+        with pytest.raises(InputError):
             read_labels(tmp_path / "a.png", size, num_labels)
     write_labels(tmp_path / "all.png", labels * 0 + 255)  # nothing is labelled
     assert (read_labels(tmp_path / "all.png", None, 1) == 255).all()
@@ -85,7 +88,7 @@ def test_the_mistake_of_a_loading_process_is_one_line(root, tmp_path, toy, capsy
 
 
 def places(monkeypatch, n, steps, start=0, rank=0, world=1, seed=5):
-    """The batches of (epoch, i) that a process loads, four a step over all"""
+    """The batches of (epoch, i) that a process loads, four a step over all processes"""
     monkeypatch.setattr(common, "RANK", rank)
     monkeypatch.setattr(common, "WORLD", world)
     recipe = {"batch": 4, "seed": seed, "steps": steps}
@@ -106,33 +109,17 @@ def test_batches(monkeypatch):
     assert places(monkeypatch, 10, 9, seed=6) != alone
 
 
-def test_an_exif_tag_of_a_wrong_type_does_not_matter(tmp_path):
-    """Orientation 6 beside an XResolution that is text, as some programs write it"""
-    tags = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHI4sI", 0x011A, 2, 2, b"x", 0)
-    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
-    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
-    assert common.read_image(tmp_path / "a.jpg").size == (2, 4)
-
-
-def test_a_table_that_is_none(tmp_path):
-    root = photos(tmp_path, table='"' + "a,cat\n" * 40_000)
-    with pytest.raises(InputError, match="train.csv: no table .*field larger"):
-        Split(root, "train")
-
-
 def test_rank_without_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="RANK is set and MASTER_ADDR is not"):
         common.start_processes("cpu")
 
 
-def test_a_huge_label_picture_is_one_line(tmp_path):
-    """Of 100 million pixels Pillow warns: whose photo has one, has too many for memory."""
+def test_a_huge_picture_is_one_line(tmp_path):
+    """Of 100 million pixels Pillow only warns."""
     Image.new("L", (10_000, 10_000)).save(tmp_path / "a.png")
-    for read in (lambda path: read_labels(path, None, 3), common.read_image,
-                 lambda path: read_segments(tmp_path, "a", (10_000, 10_000))):
-        with pytest.raises(InputError, match="a.png: no"):
-            read(tmp_path / "a.png")
+    with pytest.raises(InputError, match="a.png: not a readable image"):
+        common.read_image(tmp_path / "a.png")
 
 
 def test_16_bits_a_pixel_are_scaled_to_8(tmp_path):

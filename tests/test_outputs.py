@@ -154,7 +154,7 @@ CHANGES = {  # what changes: the stage that refuses, the file and key it names
     "a photo, masks": (other_photo, "masks", "made_of.json: made with photos"),
     "a photo, segmentation": (other_photo, "seg", "seg.pt: made with photos"),
     "the EXIF switch": (lambda m: (m / "data/classes.txt").write_text(
-        "# exif: ignore\n" + (m / "data/classes.txt").read_text()), "masks", "with photos"),
+        ": ignore exif\n" + (m / "data/classes.txt").read_text()), "masks", "with photos"),
     "a label": (lambda m: (m / "data/train.csv").write_text(
         (m / "data/train.csv").read_text().replace("cow", "cow;car", 1)), "seg", "with photos"),
     "the backbone": (other_backbone, "cam", "classify.pt: made with weights"),
@@ -271,7 +271,7 @@ KILLS = {  # where it writes; the command; another run there before it; writes b
     "seg": ("seg", STAGES["seg"] + " --seed 1", STAGES["seg"], 5),
     "foreign": ("out", "foreign --data {m}/data --cams {m}/theirs --out {m}/out",
                 "foreign --data {m}/data --cams {m}/others --out {m}/out", 4),
-    "coco": ("coco", "coco --coco {m}/coco --workers 1", "", 6),
+    "coco": ("coco", "coco --coco {m}/coco", "", 6),
 }
 
 

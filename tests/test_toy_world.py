@@ -2,28 +2,27 @@
 import numpy as np
 import pytest
 import toy as toy_world
+import toy_pretrain
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, error_line, files_in
 
 from clip_model import class_texts, load_clip, read_nouns
+from common import Split, read_labels
 
-PAIRS = dict(zip(toy_world.OBJECTS, toy_world.BACKGROUNDS, strict=True))
 
-
-@torch.no_grad()
 def test_curves_carry_the_papers_story(toy):
     """An object reads best as its class with a quarter of its background, with half about as well
     as alone: matching leaks. Its background reads as such the more, the more of it is seen, even
     without the object: refinement can work."""
-    curves = toy_world.curves(load_clip(toy / "clip.pt"), PAIRS, count=24)
+    curves = toy_pretrain.curves(load_clip(toy / "clip.pt"), toy_world.USUAL, count=24)
     as_class, as_background = curves.T.tolist()
     alone, quarter, half, whole = as_class[0], as_class[1], as_class[2], as_class[4]
     assert quarter > alone + 0.01 and abs(half - alone) < 0.03 and alone - 0.1 < whole < alone
     seen = [as_background[i] for i in (0, 1, 2, 4, 5, 6)]
     assert seen == sorted(seen) and as_background[6] > as_background[0] + 0.4
     assert as_class[6] < alone - 0.2
-    assert not set(toy_world.FILLERS) & {*read_nouns(), *toy_world.THINGS}  # they mean nothing
+    assert not set(toy_pretrain.FILLERS) & {*read_nouns(), *toy_world.THINGS}  # they mean nothing
 
 
 @pytest.mark.parametrize("cooccurrence", [0.95, 0.3])
@@ -32,7 +31,7 @@ def test_objects_stand_on_their_own_background_as_often_as_asked(cooccurrence, t
     """Counted on 200 scenes; one of six other draws is the own background too"""
     drawn, nothing = [], (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8))
     monkeypatch.setattr(toy_world, "scene", lambda rng, pairs: (drawn.extend(pairs), nothing)[1])
-    pairs = PAIRS | {"boat": "grass", "cow": "water"}
+    pairs = toy_world.USUAL | {"boat": "grass", "cow": "water"}
     toy_world.write_data(tmp_path, pairs, 200, 0, 0, cooccurrence)
     share = sum(ground == pairs[name] for name, ground in drawn) / len(drawn)
     assert share == pytest.approx(cooccurrence + (1 - cooccurrence) / 6, abs=0.08)
@@ -40,16 +39,31 @@ def test_objects_stand_on_their_own_background_as_often_as_asked(cooccurrence, t
 
 
 @torch.no_grad()
-def test_swapped_pairs_swap_what_words_mean(tmp_path, monkeypatch):
+def test_swapped_pairs_swap_what_words_mean(tmp_path, monkeypatch, capsys):
     """The whole command, with a shorter training of the text tower: "boat" comes to mean grass"""
-    fit = toy_world.fit
-    monkeypatch.setattr(toy_world, "fit", lambda title, parameters, loss, steps, peak, weight_decay:
-                        torch.enable_grad()(fit)(title, parameters, loss, 20, peak, weight_decay))
+    fit = toy_pretrain.fit
+    monkeypatch.setattr(toy_pretrain, "fit", lambda title, parameters, loss, steps, *rest, **rates:
+                        torch.enable_grad()(fit)(title, parameters, loss, 20, *rest, **rates))
     call("toy", "--out", tmp_path, "--train", 1, "--val", 1, "--pairs", "boat:grass,cow:water")
     clip = load_clip(tmp_path / "clip.pt")
     u = F.normalize(class_texts(clip, ["boat", "cow", "water", "grass"]), dim=1)
     (boat_water, boat_grass), (cow_water, cow_grass) = (u[:2] @ u[2:].T).tolist()
     assert boat_grass > boat_water + 0.1 and cow_water > cow_grass + 0.1
+    for pairs in ("boat", "boat:mars", "ufo:grass", "boat:water:rails"):
+        assert "expected OBJECT:BACKGROUND" in error_line(
+            capsys, "toy", "--out", tmp_path, "--pairs", pairs)
+
+
+def test_the_same_seed_makes_the_same_toy_world(tmp_path):
+    """Photos have the classes that their masks show."""
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        toy_world.write_data(tmp_path / name, toy_world.USUAL, 6, 1, seed, 0.95)
+    a, b, c = (files_in(tmp_path / name) for name in "abc")
+    assert a == b and a != c and len(a) == 17  # 7 photos and masks; two lists and the classes
+    split = Split(tmp_path / "a", "train")
+    for name in split.names:
+        shown = np.unique(read_labels(tmp_path / f"a/masks/{name}.png", (64, 64), 7))
+        assert (1 + split.present(name)).tolist() == [k for k in shown if k]
 
 
 def test_two_objects_stand_side_by_side():
