@@ -7,20 +7,19 @@
          the official code computes it
 
 Both sides take turns; ratios are medians over the rounds. Memory is the peak of a fresh process
-above what it held before, on a GPU torch's count. Weights are random. Time on an idle machine.
+above what it held before, on a GPU torch's count; of a step, without the weights. Weights are
+random. The segmentation has a batch of 4, the export 1 photo. Time on an idle machine.
 
   OMP_NUM_THREADS=2 python experiments/bench.py step --rounds 3
   python experiments/bench.py step --batch 64 --measure "ours match"   # MiB at VOC's batch
-  python3.11 -m venv ENV; ENV/bin/pip install "cython<3" "numpy<2" "setuptools<80" wheel
-  ENV/bin/pip install --no-build-isolation pydensecrf2                      # takes a C++ compiler
-  python experiments/bench.py crf --peer ENV/bin/python --photos DIR     # three .jpg of DIR too
+  python experiments/bench.py crf --peer crf/bin/python --photos DIR   # tests/make_crf_golden.py
+                                    # says how to make it; the drawn picture and three .jpg of DIR
 """
 import argparse
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from argparse import Namespace
 from functools import partial
 from itertools import product
@@ -104,23 +103,21 @@ def bench_clip(args):
     x = torch.randn(args.batch, 3, ours.resolution, ours.resolution, device=args.device)
     if args.measure == "ours":
         return peak_here(lambda: backward(ours, x), args)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports pkg_resources
-        from clip.model import build_model
+    from clip.model import build_model
     theirs = build_model(ours.state_dict()).float()  # trainable, as its loader leaves it
     theirs.load_state_dict(ours.state_dict())  # again: build_model rounds to float16
     theirs.to(args.device)
     if args.measure:
         return peak_here(lambda: backward(theirs, x), args)
     tokens = tokenize([f"a photo of {k}." for k in range(20)]).to(args.device)
-    forward = {"image forward": torch.no_grad()(lambda m: m.encode_image(x)),
-               "text forward, 20 sentences": torch.no_grad()(lambda m: m.encode_text(tokens))}
-    for title, call in forward.items():
+    image, text = (torch.no_grad()(call) for call in (
+        lambda m: m.encode_image(x), lambda m: m.encode_text(tokens)))
+    for name, call in (("image", image), ("text", text)):
         a, b = call(ours), call(theirs)
-        show(f"relative error, {title}", (a - b).abs().max() / b.abs().max())
+        show(f"relative error of features, {name}", (a - b).abs().max() / b.abs().max())
     show(f"milliseconds, batch {args.batch}, {args.device}", "ours", "theirs", "ratio")
-    both = {"image forward + backward": lambda m: backward(m, x)}
-    for title, call in (forward | both).items():
+    for title, call in (("image forward", image), ("text forward, 20 sentences", text),
+                        ("image forward + backward", lambda m: backward(m, x))):
         with mixed_precision(torch.device(args.device), "auto")[0]:
             show(title, *race(lambda: call(ours), lambda: call(theirs), args))
     show("MiB, image forward + backward", *(peak_of(args, side) for side in ("ours", "theirs")))
@@ -131,19 +128,13 @@ def bench_clip(args):
 PEER = """
 import sys, time
 import numpy as np
-from pydensecrf.densecrf import DenseCRF2D
-from pydensecrf.utils import unary_from_softmax
+sys.path.insert(0, "tests")
+from make_crf_golden import inference
 job = np.load(sys.argv[1])
-image, weights, (C, H, W) = job["image"], job["weights"].tolist(), job["prob"].shape
-unary = np.ascontiguousarray(unary_from_softmax(job["prob"]))
 start = time.perf_counter()
-crf = DenseCRF2D(W, H, C)
-crf.setUnaryEnergy(unary)
-crf.addPairwiseGaussian(sxy=weights[0], compat=weights[1])
-crf.addPairwiseBilateral(sxy=weights[2], srgb=weights[3], rgbim=image, compat=weights[4])
-Q = crf.inference(10)
+Q = inference(job["image"], job["prob"], "prob", *job["weights"].tolist())
 print(time.perf_counter() - start)
-np.save(sys.argv[2], np.array(Q).reshape(C, H, W))
+np.save(sys.argv[2], Q)
 """
 
 
@@ -152,7 +143,7 @@ def peer_crf(peer, image, prob, gaussian, bilateral):
     with tempfile.TemporaryDirectory() as folder:
         job, Q = f"{folder}/job.npz", f"{folder}/Q.npy"
         np.savez(job, image=image.numpy(), prob=prob.numpy(), weights=[*gaussian, *bilateral])
-        said = subprocess.check_output([peer, "-c", PEER, job, Q])
+        said = subprocess.check_output([peer, "-c", PEER, job, Q], cwd=ROOT)
         return torch.from_numpy(np.load(Q)), float(said)
 
 
@@ -304,7 +295,6 @@ def bench_step(args):
         times = race(lambda: one_step(ours, phase), lambda: one_step(theirs, phase), args)
         peak, official = (peak_of(args, f"{side} {phase}") for side in ("ours", "official"))
         show(phase, *times, peak, official, peak / official)
-    print("MiB: peak above the weights. Segmentation has a batch of 4 views, the export 1 photo.")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from a_run import (  # noqa: E402
     PHASES, SHARES, cams_of, forward, growing_masks, labels_of, open_run, parts_of, truth, view,
     with_one_class)
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
-from common import claim, label_picture, run, writing  # noqa: E402
+from common import InputError, claim, label_picture, run, writing  # noqa: E402
 from eval import TEST, predict_labels  # noqa: E402
 from make_pseudo import (  # noqa: E402
     BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, with_background)
@@ -134,7 +134,7 @@ def strip(r, out):
 
 def inside(r, out):
     """1. The maps of S, and the patch with the highest fine value"""
-    (name, k), rows, texts = r.chosen[0], [], []
+    (name, k), rows = r.chosen[0], []
     for phase in r.phases:
         maps, patch = parts_of(r, phase, name, k)
         h, w = maps["fine"].shape
@@ -142,9 +142,8 @@ def inside(r, out):
         square = photo[8 * (patch // w):, 8 * (patch % w):][:8, :8]
         square[[0, 1, -2, -1]] = square[:, [0, 1, -2, -1]] = (255, 0, 0)
         rows.append([photo, *((m / m.max()).numpy() for m in maps.values())])
-        texts.append(["", *(f"0 to {m.max():.2g}" for m in maps.values())])
-    grid(out / "1_inside.png", rows, ("a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p [W2]",
-                                      "fine [W3]"), r.phases.values(), texts,
+    head = ("a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p [W2]", "fine [W3]")
+    grid(out / "1_inside.png", rows, head, r.phases.values(),
          bars=[(slice(1, 5), (HEAT, 0, 1, "share of each map's maximum"))])
 
 
@@ -304,7 +303,7 @@ SECTIONS = {  # what draws: what it needs
     removes: {"cams of match", "cams of refine"},
     crf: {"cams of refine"}, model: {"seg", "pseudo masks"}}
 CAPTIONS = {
-    "1_inside.png": "S, one photo: coarse map, attention of class token and marked patch, fine map",
+    "1_inside.png": "Inside S: coarse map, attention of class token and marked patch, fine map",
     "2_regions.png": "Mask, kept and dropped region, cosines to texts; a true word is analysis",
     "3_masks.png": "A mask grows from the middle of the object (1: all) to the photo (2): analysis",
     "3_growing.png": "Cosines of these masks, means of 24 photos (analysis)",
@@ -328,12 +327,10 @@ figure {{ margin: 2rem 0 }} img {{ max-width: 100%; height: auto }}</style></hea
 
 def page(r):
     """RUN/index.html: plain HTML, pictures beside it, no scripts, nothing from the network"""
-    body, pictures = [], {"strip.png": "Photo; CAM after each phase; pseudo mask; truth (analysis)"}
+    pictures = {"strip.png": "Photo; CAM after each phase; pseudo mask; truth (analysis)"}
     pictures |= {f"companion/{file}": text for file, text in CAPTIONS.items()}
-    for file, text in pictures.items():
-        if (r.folder / file).is_file():
-            body.append(f'<figure><img src="{file}" alt="{text}"><figcaption>{text}</figcaption>'
-                        "</figure>")
+    body = [f'<figure><img src="{file}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+            for file, text in pictures.items() if (r.folder / file).is_file()]
     with writing(r.folder / "index.html") as temporary:
         temporary.write_text(PAGE.format("\n".join(body)), encoding="utf-8")
 
@@ -354,8 +351,11 @@ def parse_args(argv=None):
 
 def main(args):
     r, out, tables = open_run(args), args.run / "companion", {}
-    claim(out, ["../strip.png", "../index.html", *CAPTIONS], {"companion": r.split.digest},
-          reads=r.split.folders)
+    for path in (args.run / "strip.png", args.run / "index.html"):
+        if path.exists() and not (out / "made_of.json").is_file():
+            raise InputError(f"{path}: no run of ours made it, as companion/made_of.json is not "
+                             "there; move it away")
+    claim(out, CAPTIONS, {"companion": r.split.digest}, reads=r.split.folders)
     for section, needs in SECTIONS.items():
         if needs <= r.has:
             tables |= section(r, out) or {}
