@@ -8,66 +8,65 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
 from clip_model import class_texts, load_clip  # noqa: E402
-from common import (  # noqa: E402
-    IMAGENET_MEAN, IMAGENET_STD, InputError, Split, read_checkpoint, read_labels)
+from common import InputError, Split, read_checkpoint, read_labels  # noqa: E402
 from make_pseudo import read_cams  # noqa: E402
 from mask_generator import load_generator, photo_cams, scaled_input  # noqa: E402
 from train_cam import clip_view, load_prompts, recipe_of, region_masks  # noqa: E402
 
 PHASES = {"classify": "classification", "match": "matching", "refine": "refinement"}  # with CAMs
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2)  # see growing_masks
 
 
 def open_run(args):
     """-> Namespace
-    has: names of what is there: phases, texts, "cams of PHASE", and those listed at the end
-    generators {phase: S}; phases {phase: title}; recipe: of the last phase with CAMs
+    phases {phase: title} and generators {phase: S} of the phases that it has; recipe: of the last
     texts {title: (K, E)}: of classes, prompts and, for ANALYSIS, each class's true background word
     words: those true words, or None; true: the photos with a true mask, for ANALYSIS
-    cams {phase: folder}, as exported; chosen [(name, k)]: a photo of each of the first classes"""
+    cams {phase: folder}, as exported; files {name: path}: what else there is
+    chosen [(name, k)]: a photo of each of the first classes
+    has: the names of all that is there, for companion.SECTIONS"""
     folder, split = args.run, Split(args.data or args.run / "data", args.split)
-    cam = folder / "cam" if (folder / "cam").is_dir() else folder
-    found = [phase for phase in PHASES if (cam / f"{phase}.pt").is_file()]
-    if not found:
-        raise InputError(f"{cam}: no {', '.join(PHASES)}.pt; expected the --out of train_cam.py or "
-                         "of demo.py; run make demo first")
-    own_clip = folder / "clip.pt"
-    clip = load_clip(args.clip or (own_clip if own_clip.is_file() else "ViT-B/32"))
+
+    def find(name):
+        places = folder / "cam" / name, folder / "seg" / name, folder / name
+        return next((path for path in places if path.is_file()), None)
+
+    phases = {phase: title for phase, title in PHASES.items() if find(f"{phase}.pt")}
+    if not phases:
+        raise InputError(f"{folder}: no {', '.join(PHASES)}.pt; expected the --out of train_cam.py "
+                         "or of demo.py; run make demo first")
+    clip = load_clip(args.clip or find("clip.pt") or "ViT-B/32")
     texts, words = {"class text": class_texts(clip, split.words)}, None
-    if (cam / "prompts.pt").is_file():
-        texts["prompt"] = load_prompts(cam / "prompts.pt", split, clip)
-    demo = folder / "demo.json"
-    begun = json.loads(demo.read_text()) if demo.is_file() else {"voc": True}
-    if not begun.get("voc"):  # the toy world
-        world = begun["world"]
-        pairs = toy.read_pairs(toy.parse_args(world.split()).pairs)
+    if find("prompts.pt"):
+        texts["prompt"] = load_prompts(find("prompts.pt"), split, clip)
+    demo = json.loads(find("demo.json").read_text()) if find("demo.json") else {"voc": True}
+    if not demo.get("voc"):  # the toy world
+        pairs = toy.read_pairs(toy.parse_args(demo["world"].split()).pairs)
         words = [pairs[name] for name in split.classes]
         texts["true word"] = class_texts(clip, words)
-    generators = {phase: load_generator(cam / f"{phase}.pt", split).eval() for phase in found}
-    record = read_checkpoint(cam / f"{found[-1]}.pt", "generator", "run make demo first")["record"]
-    places = [(phase, folder / f"cams_{phase}") for phase in found] + [("refine", cam / "cams")]
-    cams = {phase: path for phase, path in places if (path / "made_of.json").is_file()}
+    paths = {phase: find(f"{phase}.pt") for phase in phases}
+    generators = {phase: load_generator(path, split).eval() for phase, path in paths.items()}
+    record = read_checkpoint([*paths.values()][-1], "record", "run make demo first")["record"]
+    exports = {phase: find(f"cams_{phase}/made_of.json") for phase in phases}
+    exports["refine"] = find("cams/made_of.json") or exports.get("refine")
+    cams = {phase: path.parent for phase, path in exports.items() if path}
+    names = {"pseudo masks": "masks/made_of.json", "seg": "seg.pt", "log": "prompts.jsonl"}
+    files = {key: find(name) for key, name in names.items() if find(name)}
     true = [name for name in split.names if (split.root / f"masks/{name}.png").is_file()]
     photos = [[name for name in split.names if split.labels[name][k]]
               for k in range(len(split.classes))]
-    seg = next((path for path in (folder / "seg/seg.pt", folder / "seg.pt") if path.is_file()), "")
-    there = {"demo": (folder / "table.json").is_file(), "true masks": true, "seg": seg,
-             "pseudo masks": (folder / "masks").is_dir(), "log": (cam / "prompts.jsonl").is_file(),
-             "vit": generators[found[0]].kind == "vit"}
     chosen = [(min(shown, key=lambda name: split.labels[name].sum()), k)
               for k, shown in enumerate(photos) if shown]
-    return Namespace(
-        folder=folder, cam=cam, seg=seg, split=split, clip=clip, texts=texts, words=words,
-        generators=generators, cams=cams, true=true, chosen=chosen[:6],
-        has={*found, *texts, *(f"cams of {phase}" for phase in cams),
-             *(name for name, found in there.items() if found)},
-        recipe=recipe_of("toy", "refine", {}) | record,
-        phases={phase: PHASES[phase] for phase in found})
+    has = {*phases, *texts, *files, *(f"cams of {phase}" for phase in cams)}
+    has |= {next(iter(generators.values())).kind} | ({"true masks"} if true else set())
+    return Namespace(folder=folder, split=split, clip=clip, phases=phases, generators=generators,
+                     recipe=recipe_of("toy", "refine", {}) | record, texts=texts, words=words,
+                     true=true, cams=cams, files=files, chosen=chosen[:6], has=has)
 
 
 def with_one_class(r, names, count):
@@ -78,9 +77,7 @@ def with_one_class(r, names, count):
 
 def view(r, name):
     """A photo as CLIP sees it: X (1, 3, R, R)"""
-    photo = v2.functional.pil_to_tensor(r.split.image(name)).float() / 255
-    photo = v2.functional.normalize(photo, IMAGENET_MEAN, IMAGENET_STD)
-    return clip_view(r.clip, photo[None])
+    return clip_view(r.clip, scaled_input(r.split.image(name), 1, 1, 10 ** 9))
 
 
 def forward(r, phase, name):
@@ -130,9 +127,6 @@ def parts_of(r, phase, name, k):
     patch, K, A = int(fine.argmax()), len(r.split.classes), caught["A"]          # A (T, T)
     return {"coarse": caught["coarse"][k].relu(), "A_c2p": A[k, K:].view_as(fine),
             "A_p2p": A[K + patch, K:].view_as(fine), "fine": fine}, patch
-
-
-SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2)
 
 
 def growing_masks(inside):

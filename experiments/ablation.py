@@ -6,13 +6,11 @@ them; the same at the best background score, found with masks (analysis); for ho
 noun nearest to the prompt is their own background. Mean and standard deviation over the seeds.
 
   for s in 0 1 2; do OMP_NUM_THREADS=1 python experiments/ablation.py --seeds $s & done; wait
-  python experiments/ablation.py --only   # table and picture; the line above takes hours
+  python experiments/ablation.py --only   # table, OUT/ablation.png; the line above takes hours
   python experiments/ablation.py --only "L_T none" --seeds 0                   # a row: minutes
-  python experiments/ablation.py --table docs/results.md --out figures         # ablation.png again
 """
 import argparse
 import json
-import re
 import shutil
 import sys
 from itertools import product
@@ -20,7 +18,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,9 +84,8 @@ def run_row(args, row, seed):
     inputs = ["--data", world / "data", "--clip", world / "clip.pt"]
     common = [*inputs, "--vit", world / "vit.pth", "--resnet", world / "resnet.pth", "--generator",
               row.generator, "--recipe", "toy", "--seed", seed, "--workers", 0, "--resume"]
-    steps = ["--steps", args.steps] if args.steps else []
     for phase in PHASES:
-        call("train_cam.py", *common, *steps, "--out", chain, "--phase", phase)
+        call("train_cam.py", *common, "--out", chain, "--phase", phase)
     if row.command:
         out.mkdir(parents=True, exist_ok=True)
         first = PHASES.index(row.command.split()[0])
@@ -100,7 +96,7 @@ def run_row(args, row, seed):
             (out / "words.txt").write_text(lines)
             call("words.py", *inputs, "--words", out / "words.txt", "--out", out)
         for phase in (row.command, *PHASES[first + 1:]):
-            call("train_cam.py", *common, *steps, "--out", out, "--phase", *phase.split())
+            call("train_cam.py", *common, "--out", out, "--phase", *phase.split())
     call("train_cam.py", *common, "--out", out, "--phase", "export", "--checkpoint",
          (out if row.command else chain) / f"{row.scored}.pt")
     call("eval.py", "--data", world / "data", "--split", "train", "--cams", out / "cams",
@@ -114,24 +110,17 @@ def own_backgrounds(path, world):
     return sum(line.startswith(f"{name}: {pairs[name]} 0.") for name, line in zip(pairs, lines))
 
 
-def table(args):
-    """The scores there are, as text"""
-    lines = [f"CAMs of {args.train} training photos, background score {BACKGROUND_SCORE}\n",
-             f"{'':<36}{'mIoU':<14}{'best score':<14}own backgrounds   seeds"]
-    for row in ROWS:
-        found, named = [], ""
-        for _, chain, out in (places(args, row, seed) for seed in args.seeds):
-            if (out / "score.json").is_file():
-                score = json.loads((out / "score.json").read_text())
-                found.append((score["miou"], score["oracle"]["miou"]))
-                if row.scored == "refine" and not row.words:
-                    nouns = (out if row.command.startswith("prompts") else chain) / "prompts.txt"
-                    named += f"{own_backgrounds(nouns, row.world)} "
-        if found:
-            mious, bests = zip(*found)
-            lines.append(f"{row.title:<36}{spread(mious):<14}{spread(bests):<14}{named:<18}"
-                         f"{len(found)}")
-    return "\n".join(lines)
+def scores(args, row):
+    """For each seed that is done: mIoU, mIoU at the best score, own backgrounds, or "" without"""
+    found = []
+    for _, chain, out in (places(args, row, seed) for seed in args.seeds):
+        if (out / "score.json").is_file():
+            score, named = json.loads((out / "score.json").read_text()), ""
+            if row.scored == "refine" and not row.words:
+                folder = out if row.command.startswith("prompts") else chain
+                named = own_backgrounds(folder / "prompts.txt", row.world)
+            found.append((score["miou"], score["oracle"]["miou"], named))
+    return found
 
 
 def spread(values):
@@ -139,15 +128,8 @@ def spread(values):
     return f"{mean(values):.1f} " + (f"± {stdev(values):.1f}" if len(values) > 1 else "(1)")
 
 
-def read_results(text):
-    """Tables as this script prints them -> {row: (mIoU, deviation, 0 for a single seed)}; of rows
-    of the same name the last"""
-    found = re.findall(r"^ *(\S.*?)  +([\d.]+) (?:± +([\d.]+)|\(1\))", text, re.M)
-    return {row: (float(miou), float(spread or 0)) for row, miou, spread in found}
-
-
-def draw(found, path):
-    """mIoU over four settings: the method, matching, true background words"""
+def draw(results, path):
+    """mIoU over four settings, of results {title: scores}: the method, matching, true words"""
     figure = Figure((13, 3.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for ax, (title, row, values, usual) in zip(axes, PANELS):
@@ -157,9 +139,11 @@ def draw(found, path):
         words = ["" if "%" in name else "true background words" for name in method]
         for label, rows in (("the method", method), ("matching", matching),
                             ("true background words", words)):
-            points = [(i, *found[row]) for i, row in enumerate(rows) if row in found]
-            at, mious, deviations = np.array(points).reshape(-1, 3).T
-            ax.errorbar(at, mious, deviations, fmt="o-", ms=4, capsize=3, label=label)
+            mious = {x: [miou for miou, *_ in results.get(name, ())] for x, name in enumerate(rows)}
+            mious = {x: found for x, found in mious.items() if found}
+            bars = [stdev(found) if len(found) > 1 else 0 for found in mious.values()]
+            ax.errorbar(list(mious), [*map(mean, mious.values())], bars, fmt="o-", ms=4, capsize=3,
+                        label=label)
         ax.set(xlabel=title, ylim=(60, 82))
         ax.set_xticks(range(len(values)), values)
         ax.grid(color="0.9")
@@ -175,23 +159,26 @@ def parse_args(argv=None):
     add("--out", default="runs/ablation", help="folder for everything; a run goes on there")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and training (0 1 2)")
     add("--train", type=int, default=600, help="photos (600, as the demo)")
-    add("--steps", type=int, help="fewer steps, to try it")
     titles = [row.title for row in ROWS]
     add("--only", nargs="*", metavar="ROW", choices=titles, default=titles, help="these rows alone")
-    add("--table", metavar="FILE", help="train nothing: the picture of a table printed earlier")
     return parser.parse_args(argv)
 
 
 def main(args):
-    for row, seed in product(ROWS, args.seeds) if not args.table else ():
+    for row, seed in product(ROWS, args.seeds):
         done = (places(args, row, seed)[2] / "score.json").is_file()
         if row.title in args.only and not done:
             run_row(args, row, seed)
-    text = Path(args.table).read_text(encoding="utf-8") if args.table else table(args)
-    if not args.table:
-        print(text)
-    if args.table or not args.only:  # else others may still train, and draw at the same time
-        draw(read_results(text), Path(args.out) / "ablation.png")
+    results = {row.title: scores(args, row) for row in ROWS}
+    print(f"CAMs of {args.train} training photos, background score {BACKGROUND_SCORE}\n\n"
+          f"{'':<36}{'mIoU':<14}{'best score':<14}own backgrounds   seeds")
+    for title, found in results.items():
+        if found:
+            mious, bests, named = zip(*found)
+            print(f"{title:<36}{spread(mious):<14}{spread(bests):<14}"
+                  f"{' '.join(map(str, named)):<18}{len(found)}")
+    if not args.only:  # else others may still train, and draw at the same time
+        draw(results, Path(args.out) / "ablation.png")
 
 
 if __name__ == "__main__":

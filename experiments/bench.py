@@ -1,27 +1,25 @@
 """Speed and memory against other implementations, as ratios; below 1 ours is faster or smaller.
 
   clip   CLIP against clip-anytorch, a copy of OpenAI's code
-  crf    the dense CRF against pydensecrf2 in a Python of its own (--peer); without one, on a GPU
-         against itself on the CPU, on a CPU, for tiny pictures, against dense_crf_slow
+  crf    the dense CRF against pydensecrf2 in a Python of its own (--peer); without one, against
+         itself on the CPU
   step   a step of every phase, the segmentation's, and the export of a photo, against the same as
          the official code computes it
 
 Both sides take turns; ratios are medians over the rounds. Memory is the peak of a fresh process
-above what it held before, on a GPU torch's count. Weights are random. Time on an idle machine.
+above what it held before, on a GPU torch's count; of a step, without the weights. Weights are
+random. The segmentation has a batch of 4, the export 1 photo. Time on an idle machine.
 
   OMP_NUM_THREADS=2 python experiments/bench.py step --rounds 3
   python experiments/bench.py step --batch 64 --measure "ours match"   # MiB at VOC's batch
-  python experiments/bench.py crf --toy            # small sizes, to see that the bench itself runs
-  python3.11 -m venv ENV; ENV/bin/pip install "cython<3" "numpy<2" "setuptools<80" wheel
-  ENV/bin/pip install --no-build-isolation pydensecrf2                      # takes a C++ compiler
-  python experiments/bench.py crf --peer ENV/bin/python --photos DIR     # three .jpg of DIR too
+  python experiments/bench.py crf --peer crf/bin/python --photos DIR   # tests/make_crf_golden.py
+                                    # says how to make it; the drawn picture and three .jpg of DIR
 """
 import argparse
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from argparse import Namespace
 from functools import partial
 from itertools import product
@@ -40,12 +38,11 @@ import train_cam  # noqa: E402
 import train_seg  # noqa: E402
 from clip_model import CLIP, tokenize  # noqa: E402
 from common import mixed_precision  # noqa: E402
-from make_pseudo import PRESETS, dense_crf, dense_crf_slow, hard_unary  # noqa: E402
+from make_pseudo import PRESETS, dense_crf, hard_unary  # noqa: E402
 from mask_generator import (  # noqa: E402
     AttentionFusion, MaskGenerator, ViT, photo_cams, scaled_input)
 
-CLIP_SIZES = {False: {}, True: dict(resolution=64, patch=16, width=64, layers=2, text_width=64,
-                                    text_layers=2, embed_dim=64)}  # of --toy
+SIDE, CROP = 224, 480  # pixels: of the CAMs' training images, of the segmentation's
 
 
 # ---- Time and memory -----------------------------------------------------------------------------
@@ -71,7 +68,7 @@ def show(title, *cells):
 
 
 def peak_here(call, args):
-    """Peak memory in MiB of two calls above what this process held before (on a CPU: Linux)"""
+    """Print the peak memory in MiB of two calls above what this process held (on a CPU: Linux)"""
     def resident(key):  # KiB
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
@@ -79,17 +76,16 @@ def peak_here(call, args):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call(), call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return print((torch.cuda.max_memory_allocated() - before) / 2**20)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
     before = resident("VmRSS")
     call(), call()
-    return (resident("VmHWM") - before) / 1024
+    print((resident("VmHWM") - before) / 1024)
 
 
 def peak_of(args, measure):
     """MiB that a fresh process prints: the same bench with --measure"""
-    flags = [f"--{key}={value}" for key, value in {**vars(args), "measure": measure}.items()
-             if value and key not in ("what", "toy")] + ["--toy"] * args.toy
+    flags = ["--measure", measure, "--batch", str(args.batch), "--device", args.device]
     return float(subprocess.check_output([sys.executable, __file__, args.what, *flags]))
 
 
@@ -103,18 +99,16 @@ def backward(model, x):
 
 def bench_clip(args):
     torch.manual_seed(0)
-    ours = CLIP(**CLIP_SIZES[args.toy]).to(args.device).eval().requires_grad_(False)
+    ours = CLIP().to(args.device).eval().requires_grad_(False)
     x = torch.randn(args.batch, 3, ours.resolution, ours.resolution, device=args.device)
     if args.measure == "ours":
-        return print(peak_here(lambda: backward(ours, x), args))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports pkg_resources
-        from clip.model import build_model
+        return peak_here(lambda: backward(ours, x), args)
+    from clip.model import build_model
     theirs = build_model(ours.state_dict()).float()  # trainable, as its loader leaves it
     theirs.load_state_dict(ours.state_dict())  # again: build_model rounds to float16
     theirs.to(args.device)
     if args.measure:
-        return print(peak_here(lambda: backward(theirs, x), args))
+        return peak_here(lambda: backward(theirs, x), args)
     tokens = tokenize([f"a photo of {k}." for k in range(20)]).to(args.device)
     image, text = (torch.no_grad()(call) for call in (
         lambda m: m.encode_image(x), lambda m: m.encode_text(tokens)))
@@ -134,19 +128,13 @@ def bench_clip(args):
 PEER = """
 import sys, time
 import numpy as np
-from pydensecrf.densecrf import DenseCRF2D
-from pydensecrf.utils import unary_from_softmax
+sys.path.insert(0, "tests")
+from make_crf_golden import inference
 job = np.load(sys.argv[1])
-image, weights, (C, H, W) = job["image"], job["weights"].tolist(), job["prob"].shape
-unary = np.ascontiguousarray(unary_from_softmax(job["prob"]))
 start = time.perf_counter()
-crf = DenseCRF2D(W, H, C)
-crf.setUnaryEnergy(unary)
-crf.addPairwiseGaussian(sxy=weights[0], compat=weights[1])
-crf.addPairwiseBilateral(sxy=weights[2], srgb=weights[3], rgbim=image, compat=weights[4])
-Q = crf.inference(10)
+Q = inference(job["image"], job["prob"], "prob", *job["weights"].tolist())
 print(time.perf_counter() - start)
-np.save(sys.argv[2], np.array(Q).reshape(C, H, W))
+np.save(sys.argv[2], Q)
 """
 
 
@@ -155,7 +143,7 @@ def peer_crf(peer, image, prob, gaussian, bilateral):
     with tempfile.TemporaryDirectory() as folder:
         job, Q = f"{folder}/job.npz", f"{folder}/Q.npy"
         np.savez(job, image=image.numpy(), prob=prob.numpy(), weights=[*gaussian, *bilateral])
-        said = subprocess.check_output([peer, "-c", PEER, job, Q])
+        said = subprocess.check_output([peer, "-c", PEER, job, Q], cwd=ROOT)
         return torch.from_numpy(np.load(Q)), float(said)
 
 
@@ -166,30 +154,27 @@ def smooth(count, cells, height, width):
 
 def bench_crf(args):
     torch.manual_seed(0)
-    H, W = (375, 500) if args.peer or args.device == "cuda" else (24, 32)
-    photo = 128 + 50 * smooth(3, (6, 8), H, W) + 4 * torch.randn(3, H, W)
-    images = {f"drawn {W}x{H}": photo.clamp(0, 255).byte().movedim(0, 2).contiguous()}
+    photo = 128 + 50 * smooth(3, (6, 8), 375, 500) + 4 * torch.randn(3, 375, 500)
+    images = {"drawn": photo.clamp(0, 255).byte().movedim(0, 2).contiguous()}
     for path in sorted(args.photos.glob("*.jpg"))[:3] if args.photos else ():
-        photo = Image.open(path).convert("RGB").resize((W, H))
+        photo = Image.open(path).convert("RGB").resize((500, 375))
         images[path.name] = torch.from_numpy(np.array(photo))
     if args.measure:
-        prob = torch.full((3, H, W), 1 / 3)
-        return print(peak_here(lambda: dense_crf(images[f"drawn {W}x{H}"], prob), args))
-    show("milliseconds", "ours", "theirs", "ratio", "agree", "mean |dQ|")
+        return peak_here(lambda: dense_crf(images["drawn"], torch.full((3, 375, 500), 1 / 3)), args)
+    show("milliseconds, 500x375", "ours", "theirs", "ratio", "agree", "mean |dQ|")
     for (title, image), C, name in product(images.items(), (3, 21), ("voc", "irn", "prob")):
         unary, *weights = PRESETS[name].values()
-        prob = (2 * smooth(C, (12, 16), H, W)).softmax(0)
+        prob = (2 * smooth(C, (12, 16), 375, 500)).softmax(0)
         prob = hard_unary(prob.argmax(0), C) if unary == "hard" else prob
         ours = partial(dense_crf, image, prob.to(args.device), *weights)
-        theirs = partial(dense_crf if args.device == "cuda" else dense_crf_slow, image, prob,
-                         *weights)
+        theirs = partial(dense_crf, image, prob, *weights)
         if args.peer:
             theirs = partial(peer_crf, args.peer, image, prob, *weights)
         times = race(ours, theirs, args, (lambda call: call()[1]) if args.peer else seconds)
         Q, other = ours().cpu(), theirs()[0] if args.peer else theirs()
         agree = (Q.argmax(0) == other.argmax(0)).float().mean().item()
         show(f"{title}, {C} labels, {name}", *times, f"{agree:.4%}", (Q - other).abs().mean())
-    show("MiB, the first picture, 3 labels", peak_of(args, "ours"))
+    show("MiB, the drawn picture, 3 labels", peak_of(args, "ours"))
 
 
 # ---- step ----------------------------------------------------------------------------------------
@@ -213,18 +198,15 @@ class PlainFusion(AttentionFusion):
 def build_side(args, official):
     """The models of one side, and a batch with 1.5 classes an image, as in VOC"""
     torch.manual_seed(0)
-    K, side, crop = args.classes, *((64, 64) if args.toy else (224, 480))
-    sizes = dict(width=64, layers=2, grid=(4, 4)) if args.toy else {}
-    clip = CLIP(**CLIP_SIZES[args.toy]).to(args.device).eval().requires_grad_(official)
+    K, clip = 20, CLIP().to(args.device).eval().requires_grad_(official)
     m = Namespace(clip=clip, official=official, device=torch.device(args.device),
-                  generator=MaskGenerator(ViT(**sizes), K).to(args.device),
-                  segmenter=train_seg.Segmenter(ViT(**sizes), K + 1).to(args.device),
+                  generator=MaskGenerator(ViT(), K).to(args.device),
+                  segmenter=train_seg.Segmenter(ViT(), K + 1).to(args.device),
                   prompts=train_cam.Prompts(K, 30, clip.text_width).to(args.device),
-                  image=torch.randn(args.batch, 3, side, side).to(args.device),
-                  labels=torch.zeros(args.batch, K), precision=args.precision,
-                  large=torch.randn(4, 3, crop, crop).to(args.device),
-                  masks=torch.randint(K + 1, (4, crop, crop)),
-                  photo=Image.new("RGB", (96, 64) if args.toy else (500, 375)))
+                  image=torch.randn(args.batch, 3, SIDE, SIDE).to(args.device),
+                  large=torch.randn(4, 3, CROP, CROP).to(args.device),
+                  labels=torch.zeros(args.batch, K), masks=torch.randint(K + 1, (4, CROP, CROP)),
+                  photo=Image.new("RGB", (500, 375)))
     for b in range(args.batch):
         m.labels[b, torch.randperm(K)[:1 + b % 2]] = 1
     if official:
@@ -235,44 +217,40 @@ def build_side(args, official):
     return m
 
 
-def our_loss(m, phase, recipe):
-    if phase == "segmentation":
-        recipe = {"clip_start": 1.2, "clip_patch": 120}
-        return train_seg.segmentation_step(m.segmenter, m.large, m.masks, recipe)[0]["loss"]
-    batch, frozen = (m.image, m.labels, recipe), {"clip": m.clip, "u_f": m.u_f}
-    if phase == "classify":
-        return train_cam.classification_step(m.generator, *batch)[0]["loss"]
-    if phase == "match":
-        return train_cam.match_step(m.generator, *batch, **frozen)[0]["loss"]
-    if phase == "prompts":
-        return train_cam.prompt_step(m.prompts, *batch, m.generator, **frozen)[0]["loss"]
-    return train_cam.refine_step(m.generator, *batch, **frozen, u_b=m.u_b)[0]["loss"]
+def official_regions(clip, image, cam, labels, eps):
+    """train_cam.embed_regions as the official code computes it: the maps of all K classes are
+    up-sampled and normalised; CLIP is called once for all kept, once for all dropped regions."""
+    b, k = labels.nonzero().T.to(image.device)                                   # (N,), (N,)
+    maps = F.interpolate(cam.float(), size=(clip.resolution,) * 2, mode="bilinear")
+    low, high = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
+    M = ((maps - low) / (high - low + eps))[b, k][:, None]                       # (N, 1, R, R)
+    X = train_cam.clip_view(clip, image)[b]                                      # (N, 3, R, R)
+    return clip.encode_image(M * X), clip.encode_image((1 - M) * X), k           # (N, E) twice
 
 
-def official_loss(m, phase, recipe):
-    """As the official code computes it: the maps of all K classes are up-sampled and normalised;
-    CLIP is called once for all kept regions and once for all dropped ones; the K prompts are
-    encoded in each step; CLIP's weights are trainable, so their gradients are computed and dropped;
-    the maps of all layers are fused at once, and the segmentation model's attention keeps them."""
+def loss_of(m, phase):
+    batch, judge = (m.image, m.labels, train_cam.recipe_of("voc", phase, {})), (m.clip, m.u_f)
+    steps = {
+        "classify": lambda: train_cam.classification_step(m.generator, *batch),
+        "match": lambda: train_cam.match_step(m.generator, *batch, *judge),
+        "prompts": lambda: train_cam.prompt_step(m.prompts, *batch, m.generator, *judge),
+        "refine": lambda: train_cam.refine_step(m.generator, *batch, *judge, m.u_b),
+        "segmentation": lambda: train_seg.segmentation_step(
+            m.segmenter, m.large, m.masks, {"clip_start": 1.2, "clip_patch": 120})}
+    return steps[phase]()[0]["loss"]
+
+
+def official_loss(m, phase):
+    """The same, but CLIP's weights are trainable, so their gradients are computed and dropped; the
+    K prompts are encoded in each step; the maps of all layers are kept and fused at once"""
     if phase in ("classify", "segmentation"):
         with mock.patch.object(F, "scaled_dot_product_attention", plain_attention):
-            return our_loss(m, phase, recipe)
-    clip, (b, k) = m.clip, m.labels.nonzero().T.to(m.device)                     # (N,), (N,)
-    with torch.set_grad_enabled(phase != "prompts"):
-        cam, _ = m.generator(m.image)
-        maps = F.interpolate(cam.float(), size=(clip.resolution,) * 2, mode="bilinear")
-        low, high = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
-        M = ((maps - low) / (high - low + recipe["eps"]))[b, k][:, None]         # (N, 1, R, R)
-        X = train_cam.clip_view(clip, m.image)[b]                                # (N, 3, R, R)
-        v_f, v_b = clip.encode_image(M * X), clip.encode_image((1 - M) * X)      # (N, E)
-    if phase == "match":
-        return train_cam.match_loss(v_f, v_b, m.u_f[k], recipe["lambda_b"])
-    with torch.set_grad_enabled(phase == "prompts"):
-        u_b = clip.encode_prompts(m.prompts.vectors)[k]                          # (N, E)
-    if phase == "prompts":
-        return train_cam.prompt_loss(v_b, u_b, m.u_f[k], recipe["lambda_t"])
-    L_match = train_cam.match_loss(v_f, v_b, m.u_f[k], recipe["lambda_b"])
-    return L_match + recipe["lambda_r"] * train_cam.refine_loss(v_f, u_b)
+            return loss_of(m, phase)
+    if phase == "refine":
+        with torch.no_grad():
+            m.u_b = m.clip.encode_prompts(m.prompts.vectors)                     # (K, E)
+    with mock.patch.object(train_cam, "embed_regions", official_regions):
+        return loss_of(m, phase)
 
 
 @torch.no_grad()
@@ -297,9 +275,8 @@ def one_step(m, phase):
     if phase in ("match", "refine"):
         m.generator.train_through_clip()
     model = {"prompts": m.prompts, "segmentation": m.segmenter}.get(phase, m.generator)
-    with mixed_precision(m.device, m.precision)[0]:
-        value = (official_loss if m.official else our_loss)(
-            m, phase, train_cam.recipe_of("voc", phase, {}))
+    with mixed_precision(m.device, "auto")[0]:
+        value = (official_loss if m.official else loss_of)(m, phase)
     value.backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5).step()
     model.zero_grad(set_to_none=True)
@@ -310,15 +287,14 @@ def bench_step(args):
     if args.measure:
         side, phase = args.measure.split()
         m = build_side(args, side == "official")
-        return print(peak_here(lambda: one_step(m, phase), args))
+        return peak_here(lambda: one_step(m, phase), args)
     ours, theirs = build_side(args, False), build_side(args, True)
-    show(f"K {args.classes}, batch {args.batch}, {args.device}, {args.precision}", "ms", "official",
-         "ratio", "MiB", "official", "ratio")
+    show(f"K 20, batch {args.batch}, {args.device}", "ms", "official", "ratio", "MiB", "official",
+         "ratio")
     for phase in STEPS:
         times = race(lambda: one_step(ours, phase), lambda: one_step(theirs, phase), args)
         peak, official = (peak_of(args, f"{side} {phase}") for side in ("ours", "official"))
         show(phase, *times, peak, official, peak / official)
-    print("MiB: peak above the weights. Segmentation has a batch of 4 views, the export 1 photo.")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -331,13 +307,9 @@ def parse_args(argv=None):
     add("what", choices=["clip", "crf", "step"])
     add("--rounds", type=int, default=5, help="timed turns of each side")
     add("--batch", type=int, default=64 if cuda else 8, help="clip, step: images")
-    add("--classes", type=int, default=20, help="step: K")
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="of ours")
-    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="step: of matrix products, as in train_cam.py")
     add("--peer", metavar="PYTHON", help="crf: one that has pydensecrf2")
     add("--photos", type=Path, metavar="DIR", help="crf: three .jpg of it too, at 500x375")
-    add("--toy", action="store_true", help="small sizes, to see that the bench itself runs")
     add("--measure", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip  # noqa: E402
+from clip_model import class_texts, load_clip  # noqa: E402
 from common import InputError, read_checkpoint, read_image, run, writing  # noqa: E402
+from companion import HEAT, as_picture  # noqa: E402
 from mask_generator import scaled_input  # noqa: E402
 from train_cam import clip_view, cosine, match_loss, refine_loss  # noqa: E402
 
@@ -29,16 +30,19 @@ from train_cam import clip_view, cosine, match_loss, refine_loss  # noqa: E402
 def optimise(clip, X, u_f, u_b, steps):
     """X (1, 3, R, R), u_f and u_b (1, E), steps of each loss -> masks (2 steps + 1, 1, R, R)"""
     torch.manual_seed(0)
-    z = torch.zeros(1, 1, 8, 8, requires_grad=True)  # logits of a coarse mask
-    optimizer, masks = torch.optim.Adam([z], lr=0.1), []
+    masks, half = [], clip.visual.patch // 2
+    z = torch.zeros(1, 1, 8, 8, requires_grad=True)           # logits of a coarse mask
+    optimizer = torch.optim.Adam([z], lr=0.1)
     for step in range(2 * steps + 1):
         M = F.interpolate(z, size=X.shape[2:], mode="bilinear").sigmoid()        # (1, 1, R, R)
         masks.append(M.detach())
+
         # Without shifts of up to half a patch the mask fits noise that only CLIP responds to
-        shift = torch.randint(-clip.visual.patch // 2, clip.visual.patch // 2 + 1, (2,)).tolist()
+        shift = torch.randint(-half, half + 1, (2,)).tolist()
         x, m = X.roll(shift, (2, 3)), M.roll(shift, (2, 3))
-        v_f = clip.encode_image(m * x)                       # kept region       # (1, E)
-        v_b = clip.encode_image((1 - m) * x)                 # dropped region    # (1, E)
+        v_f = clip.encode_image(m * x)                        # kept region      # (1, E)
+        v_b = clip.encode_image((1 - m) * x)                  # dropped region   # (1, E)
+
         loss = match_loss(v_f, v_b, u_f, lambda_b=0.75)                          # [eq. 1]
         if step >= steps:
             loss = loss + 1.0 * refine_loss(v_f, u_b)                            # [eq. 3]
@@ -50,19 +54,18 @@ def optimise(clip, X, u_f, u_b, steps):
 
 # ---- The picture ---------------------------------------------------------------------------------
 
-def draw(X, masks, steps, cosines):
-    """X (3, R, R), the masks so far (n, 1, R, R), cosines of all {name: (N,)} -> a frame"""
+def draw(X, masks, n, cosines):
+    """X (3, R, R), masks (N, 1, R, R), cosines {name: (N,)} -> the picture of step n"""
     figure = Figure((7, 5.6), layout="constrained")
     axes = figure.subplot_mosaic([["photo", "mask", "kept region"], 3 * ["cosines"]])
-    for name, x in (("photo", X), ("mask", masks[-1]), ("kept region", masks[-1] * X)):
-        if len(x) == 3:
-            x = (x.movedim(0, 2) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)).clamp(0, 1)
-        axes[name].imshow(x.squeeze().numpy(), "turbo", vmin=0, vmax=1)
+    for name, x in (("photo", as_picture(X)), ("mask", masks[n, 0].numpy()),
+                    ("kept region", as_picture(masks[n] * X))):
+        axes[name].imshow(x, HEAT, vmin=0, vmax=1)
         axes[name].set(title=name, xticks=[], yticks=[])
     for (name, values), style in zip(cosines.items(), ("C0-", "C0:", "C1-", "C1:")):
         axes["cosines"].plot(values, style, label=name)
-    axes["cosines"].axvline(steps, color="grey", label="refinement begins")
-    axes["cosines"].axvline(len(masks) - 1, color="black", label="this picture")
+    axes["cosines"].axvline(len(masks) // 2, color="grey", label="refinement begins")
+    axes["cosines"].axvline(n, color="black", label="this picture")
     axes["cosines"].set(xlabel="step", ylabel="cosine")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(png := BytesIO(), dpi=100)
@@ -100,7 +103,7 @@ def main(args):
         v = clip.encode_image(x)                                                 # (n, E)
         for text, u in ((args.name, u_f), (args.background or "prompt", u_b)):
             cosines[f"sim({region}, {text})"] = cosine(v, u)
-    frames = [draw(X[0], masks[:n], args.steps, cosines) for n in range(1, len(masks) + 1, 5)]
+    frames = [draw(X[0], masks, n, cosines) for n in range(0, len(masks), 5)]
     palette = frames[len(frames) // 2].quantize(255)  # one for all: what stays takes no space
     first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
     with writing(args.out) as temporary:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from mask_generator import scaled_input
 from train_cam import clip_view, cosine
 
 TEXT = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("clip_model", "mask_generator", "train_cam", "make_pseudo", "train_seg", "eval")
 
 
@@ -31,6 +33,14 @@ def test_excerpts_are_the_code():
     assert len(found) > 8
     for excerpt in found:
         assert any(excerpt in source for source in sources), excerpt
+
+
+def test_the_method_on_one_photo_is_the_loop_of_the_script():
+    _, _, after = README.partition("The method on one photo")
+    block = re.match(r"[^\n]*\n.*?```python\n(.*?)```", after, re.S)[1]
+    assert block.count("\n") > 15 and "match_loss" in block and "refine_loss" in block
+    source = (ROOT / "experiments/one_photo.py").read_text(encoding="utf-8")
+    assert textwrap.indent(block, "    ") in source
 
 
 def test_names_in_the_text_exist():
@@ -61,7 +71,7 @@ def run(toy, chain, tmp_path_factory):
         scores = {"miou": 1.0, "oracle": {"miou": 2.0, "background_score": 0.5}}
         (run / f"{phase}.json").write_text(json.dumps(scores))
     (run / "demo.json").write_text(json.dumps({"seed": 0, "world": "", "generator": "vit"}))
-    (run / "table.json").write_text(json.dumps(dict.fromkeys(companion.TABLE, 1.0)))
+    (run / "table.json").write_text("{}")
     return run
 
 
@@ -157,15 +167,33 @@ def test_an_exercise_runs_and_keeps_what_is_not_its_own(run, capsys):
 
 @pytest.mark.parametrize("what", ["clip", "step"])
 def test_benches_run(what, monkeypatch, capsys):
+    small = {"width": 64, "layers": 2}
+    monkeypatch.setattr(bench, "ViT", partial(bench.ViT, grid=(4, 4), **small))
+    monkeypatch.setattr(bench, "CLIP", partial(bench.CLIP, resolution=64, patch=16, text_width=64,
+                                               text_layers=2, embed_dim=64, **small))
+    monkeypatch.setattr(bench, "SIDE", 64)
+    monkeypatch.setattr(bench, "CROP", 64)
     monkeypatch.setattr(bench, "peak_of", lambda args, measure: 1.0)  # would start many processes
-    call("bench", what, "--toy", "--rounds", 1, "--batch", 2, "--device", "cpu")
+    call("bench", what, "--rounds", 1, "--batch", 2, "--device", "cpu")
     assert "ratio" in capsys.readouterr().out
 
 
-def test_the_ablation_is_drawn_from_its_table(tmp_path):
-    text = "\n".join(f"    {row.title:<36}{ablation.spread(values):<14}2"
-                     for row, values in zip(ablation.ROWS, 20 * [(75, 77), (71.5,)]))
-    found = ablation.read_results(text)
-    assert found["classification"] == (76, 1.4) and found["matching only"] == (71.5, 0)
-    ablation.draw(found, tmp_path / "ablation.png")
+def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
+    """Of two seeds; a row of one seed says (1)"""
+    flags = ["--out", tmp_path, "--seeds", 0, 1, "--only"]
+    args = ablation.parse_args([str(flag) for flag in flags])
+    for i, row in enumerate(ablation.ROWS[:-1]):
+        for seed in (0, 1) if row.title != "L_T none" else (0,):
+            _, chain, out = ablation.places(args, row, seed)
+            for folder in (chain, out):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "prompts.txt").write_text("boat: water 0.9, sky 0.5\ntrain: sky 0.9\n")
+            scores = {"miou": 60.0 + i + 2 * seed, "oracle": {"miou": 70.0}}
+            (out / "score.json").write_text(json.dumps(scores))
+    call("ablation", *flags)
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[3:]]
+    assert rows[0] == "classification 61.0 ± 1.4 70.0 ± 0.0 2"
+    assert rows[2] == "the method 63.0 ± 1.4 70.0 ± 0.0 1 1 2"
+    assert rows[7] == "L_T none 67.0 (1) 70.0 (1) 1 1"
+    assert len(rows) == len(ablation.ROWS) - 1
     Image.open(tmp_path / "ablation.png").verify()
