@@ -113,6 +113,7 @@ def sentence(device):
 class VisionTransformer(nn.Module):
     def __init__(self, resolution, patch, width, layers, embed_dim):
         super().__init__()
+        self.patch = patch
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(
