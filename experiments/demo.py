@@ -3,7 +3,7 @@
 Every step gets --resume, and a score is kept if it is of the same record, so an interrupted demo
 continues where it stopped.
 Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
-each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
+each class's prompt, OUT/strip.png and OUT/index.html.
 
   python experiments/demo.py --out runs/toy                        # about ten minutes
   python experiments/demo.py --out runs/cnn --generator resnet
@@ -26,10 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 from common import InputError, digest, run, writing  # noqa: E402
 
-TABLE = {"classify": "classification CAM", "match": "matching CAM", "refine": "refined CAM",
-         "masks_plain": "pseudo mask, no CRF", "masks": "pseudo mask, CRF", "seg": "segmentation",
-         "full": "fully supervised segmentation"}
-VOC = {  # row of the table: list, what is scored and how, what was published for it
+TOY = {  # row of the table: list, what is scored and how, what was published for it
+    "classify": ("train", "classification CAM", ""), "match": ("train", "matching CAM", ""),
+    "refine": ("train", "refined CAM", ""), "masks_plain": ("train", "pseudo mask, no CRF", ""),
+    "masks": ("train", "pseudo mask, CRF", ""), "seg": ("val", "segmentation", ""),
+    "full": ("val", "fully supervised segmentation", "")}
+VOC = {
     "classify": ("train", "classification CAM", "WeakTr 67.1"),
     "match": ("train", "matching CAM", ""),
     "refine": ("train", "refined CAM", "SemPLeS 68.7"),
@@ -56,11 +58,20 @@ def step(title, path, *flags, unless=False):
     print(f"{time.time() - began:.0f} seconds")
 
 
-def score(title, made, result, *flags):
-    """Run eval.py, unless the JSON file `result` names the record of what it scores, `made`"""
-    done = Path(result).is_file() and json.loads(Path(result).read_text())["record"]
-    step(title, "eval.py", *flags, f"--json {shlex.quote(result)}",
-         unless=done == digest(Path(made)))
+def score(args, name, split, title):
+    """Run eval.py on what a row of the table names, unless OUT/NAME.json is of the same record"""
+    out, result = shlex.quote(args.out), Path(args.out, f"{name}.json")
+    made, flags = f"{name}/made_of.json", f"--pred {out}/{name}"
+    if name in TITLES:
+        made, flags = f"cams_{name}/made_of.json", f"--cams {out}/cams_{name} --oracle-sweep"
+    elif not name.startswith("masks"):
+        made = "full/seg.pt" if name == "full" else "seg/seg.pt"
+        flags = f"--checkpoint {out}/{made}"
+    if name == "seg_train":
+        flags += " --present-only --crf none"
+    done = result.is_file() and json.loads(result.read_text())["record"]
+    step(f"mIoU: {title}", "eval.py", f"--data {out}/data --split {split}", flags,
+         f"--json {out}/{name}.json", unless=done == digest(Path(args.out, made)))
 
 
 def parse_args(argv=None):
@@ -75,51 +86,13 @@ def parse_args(argv=None):
     add("--only", choices=["cams", "full"], help="cams: stop after the CAMs and their scores; "
         "full: just that row, which the demo starts itself")
     add("--voc", metavar="PATH", help="not the toy world but this VOC2012, with the voc recipe, "
-        "and the flags below")
+        "and the next three flags")
     add("--official", metavar="FILE", help="WeakTr's CAM checkpoint, in place of classification")
     add("--clip", default="ViT-B/32", help="as for train_cam.py")
     add("--vit", default="deit_small", help="as for train_cam.py")
     add("--steps", type=int, help="of every training (None: the recipe's)")
     add("--batch", type=int, help="of every training (None: the recipe's)")
     return parser.parse_args(argv)
-
-
-def voc(args):
-    """All stages on VOC 2012, and their scores beside the published ones"""
-    out, data = shlex.quote(args.out), f"--data {shlex.quote(args.out)}/data"
-    step("Lists and masks", "prepare/voc.py", f"--voc {shlex.quote(args.voc)} --out {out}/data")
-    full = Path(args.out, "data/train_aug.csv").is_file()
-    split = f"--split {'train_aug' if full else 'train_xml'}"
-    common = f"{data} --recipe voc --seed {args.seed} --resume"
-    weights = f"--clip {shlex.quote(args.clip)} --out {out}/cam"
-    vit = f"--vit {shlex.quote(args.vit)}" + "".join(
-        f" --{key} {value}" for key in ("steps", "batch") if (value := getattr(args, key)))
-    for phase, title in TITLES.items():
-        if phase == "classify" and args.official:
-            step("WeakTr's generator", "prepare/official.py", data, split, "--cam",
-                 shlex.quote(args.official), f"--out {out}/cam")
-        else:
-            step(title, "train_cam.py", common, split, weights, f"--phase {phase}", vit)
-    for phase in ("classify", "match", "refine"):
-        step(f"CAMs of {phase}.pt", "train_cam.py", common, weights, "--phase export --checkpoint",
-             f"{out}/cam/{phase}.pt --cams {out}/cams_{phase}",
-             split if phase == "refine" else "--split train")
-    for name, crf in (("masks_plain", "none"), ("masks", "voc")):
-        step(f"Pseudo masks, CRF {crf}", "make_pseudo.py", data, split, "--resume --cams",
-             f"{out}/cams_refine --out {out}/{name} --crf {crf}")
-    step("A segmentation model learns from the pseudo masks", "train_seg.py", common, split, vit,
-         f"--labels {out}/masks --out {out}/seg")
-    for name, (split, title, _) in VOC.items():
-        made, flags = f"{name}/made_of.json", f"--pred {out}/{name}"
-        if name in TITLES:
-            made, flags = f"cams_{made}", f"--cams {out}/cams_{name} --oracle-sweep"
-        elif "seg" in name:
-            made, flags = "seg/seg.pt", f"--checkpoint {out}/seg/seg.pt" + (
-                " --present-only --crf none" if name == "seg_train" else "")
-        score(f"mIoU: {title}", f"{args.out}/{made}", f"{args.out}/{name}.json", data,
-              f"--split {split}", flags)
-    step("Pictures", "experiments/companion.py", f"--run {out} {data} --split train --clip",
-         shlex.quote(args.clip))
 
 
 def table(folder, rows):
@@ -135,7 +108,7 @@ def table(folder, rows):
 
 
 def main(args):
-    began, folder = time.time(), Path(args.out)
+    began, folder, rows = time.time(), Path(args.out), VOC if args.voc else TOY
     wanted = {key: value for key, value in vars(args).items() if key not in ("out", "only")}
     begun = folder / "demo.json"
     if begun.is_file() and json.loads(begun.read_text()) != wanted:
@@ -143,59 +116,63 @@ def main(args):
                          "same, to go on; pass another --out")
     with writing(begun) as temporary:
         temporary.write_text(json.dumps(wanted))
-    if args.voc:
-        voc(args)
-        table(folder, VOC)
-        return print(f"pictures: {args.out}/index.html, {args.out}/strip.png")
+
     out = shlex.quote(args.out)  # part of command lines from here on
-    data, cam, vit = f"--data {out}/data", f"{out}/cam", f"--vit {out}/vit.pth"
-    common = f"{data} --recipe toy --seed {args.seed} --workers 0 --resume"
-    weights = f"--clip {out}/clip.pt --out {cam}"
-
-    def segment(name, labels, title):
-        step(title, "train_seg.py", common, vit, f"--labels {labels} --out {out}/{name}")
-        score("Its mIoU on photos that no training has seen", f"{args.out}/{name}/seg.pt",
-              f"{args.out}/{name}.json", data, f"--checkpoint {out}/{name}/seg.pt",
-              f"--save {out}/pred_{name}")
-
+    data, cam, steps = f"--data {out}/data", f"{out}/cam", "".join(
+        f" --{key} {value}" for key in ("steps", "batch") if (value := getattr(args, key)))
+    if args.voc:
+        step("Lists and masks", "prepare/voc.py", f"--voc {shlex.quote(args.voc)} --out {out}/data")
+        split = "train_aug" if (folder / "data/train_aug.csv").is_file() else "train_xml"
+        common = f"{data} --recipe voc --seed {args.seed} --resume"
+        clip, vit, cnn = shlex.quote(args.clip), f"--vit {shlex.quote(args.vit)}{steps}", ""
+    else:
+        split, clip, vit = "train", f"{out}/clip.pt", f"--vit {out}/vit.pth{steps}"
+        common = f"{data} --recipe toy --seed {args.seed} --workers 0 --resume"
+        cnn = f"--generator {args.generator} --resnet {out}/resnet.pth"
     if args.only == "full":
-        return segment("full", f"{out}/data/masks", "The upper bound, with the true masks")
-    step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a backbone",
-         "prepare/toy.py", f"--out {out} --seed {args.seed}", args.world,
-         unless=(folder / "vit.pth").is_file())  # the last file that it writes
+        step("The upper bound, with the true masks", "train_seg.py", common, vit,
+             f"--labels {out}/data/masks --out {out}/full")
+        return
+    if not args.voc:
+        step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a "
+             "backbone", "prepare/toy.py", f"--out {out} --seed {args.seed}", args.world,
+             unless=(folder / "vit.pth").is_file())  # the last file that it writes
+
     for phase, title in TITLES.items():
-        step(title, "train_cam.py", common, weights, f"--phase {phase}", vit,
-             f"--generator {args.generator} --resnet {out}/resnet.pth")
+        if phase == "classify" and args.official:
+            step("WeakTr's generator", "prepare/official.py", data, f"--split {split} --cam",
+                 shlex.quote(args.official), f"--out {cam}")
+        else:
+            step(title, "train_cam.py", common, f"--split {split} --clip {clip} --out {cam}",
+                 f"--phase {phase}", vit, cnn)
     for phase in ("classify", "match", "refine"):
-        cams = f"cams_{phase}"
-        step(f"CAMs of {phase}.pt", "train_cam.py", common, weights,
-             f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/{cams}")
-        score("Their mIoU", f"{args.out}/{cams}/made_of.json", f"{args.out}/{phase}.json", data,
-              f"--split train --cams {out}/{cams} --oracle-sweep")
+        step(f"CAMs of {phase}.pt", "train_cam.py", common, f"--clip {clip} --out {cam}",
+             f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}",
+             f"--split {split if phase == 'refine' else 'train'}")
+        score(args, phase, *rows[phase][:2])
     if args.only == "cams":
         return
     for name, crf in (("masks_plain", "none"), ("masks", "voc")):
         step(f"Pseudo masks of the refined CAMs, CRF {crf}", "make_pseudo.py", data,
-             f"--cams {out}/cams_refine --out {out}/{name} --crf {crf} --resume")
-        score("Their mIoU", f"{args.out}/{name}/made_of.json", f"{args.out}/{name}.json", data,
-              f"--split train --pred {out}/{name}")
-    # Two trainings with half of the threads each take less time than one after the other
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    half = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with open(folder / "full.log", "w") as log:
-        full = subprocess.Popen([sys.executable, *sys.argv, "--only", "full"], env=half,
-                                stdout=log, stderr=log)
-    print(f"\n# The upper bound: the same with the true masks, at the same time; {log.name}")
-    segment("seg", f"{out}/masks", "A segmentation model learns from the pseudo masks")
-    if code := full.wait():
+             f"--split {split} --cams {out}/cams_refine --out {out}/{name} --crf {crf} --resume")
+    if not args.voc:
+        # Two trainings with half of the threads each take less time than one after the other
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        half = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        with open(folder / "full.log", "w") as log:
+            full = subprocess.Popen([sys.executable, *sys.argv, "--only", "full"], env=half,
+                                    stdout=log, stderr=log)
+        print(f"\n# The upper bound: the same with the true masks, at the same time; {log.name}")
+    step("A segmentation model learns from the pseudo masks", "train_seg.py", common,
+         f"--split {split}", vit, f"--labels {out}/masks --out {out}/seg")
+    if not args.voc and (code := full.wait()):
         raise InputError(f"{log.name}: the run ended with exit code {code}; see there")
 
-    scores = {name: json.loads((folder / f"{name}.json").read_text()) for name in TABLE}
-    with writing(folder / "table.json") as temporary:
-        temporary.write_text(json.dumps({name: row["miou"] for name, row in scores.items()}) + "\n")
-    step("Pictures: every equation at work", "experiments/companion.py", f"--run {out}")
-    lists = {name: "val" if name in ("seg", "full") else "train" for name in TABLE}
-    table(folder, {name: (lists[name], title, "") for name, title in TABLE.items()})
+    for name in [*rows][3:]:  # CAMs have theirs
+        score(args, name, *rows[name][:2])
+    step("Pictures: every equation at work", "experiments/companion.py", f"--run {out}",
+         f"--clip {clip}")
+    table(folder, rows)
     print(f"pictures: {args.out}/index.html, {args.out}/strip.png   "
           f"{(time.time() - began) / 60:.1f} minutes")
 

@@ -47,8 +47,8 @@ def parse_args(argv=None):
 def main(args):
     began, folder = time.time(), args.run / "exercise"
     cam, mark = folder / "cam", folder / "exercise.txt"
-    if not (args.run / "table.json").is_file():
-        raise InputError(f"{args.run}: no table.json; expected a finished demo; run make demo")
+    if not (args.run / "full.json").is_file():  # the last score
+        raise InputError(f"{args.run}: no full.json; expected a finished demo; run make demo")
     if folder.exists() and not mark.is_file():
         raise InputError(f"{folder}: no exercise made it, as {mark.name} is not there; expected "
                          "none, or that of an earlier exercise; move it away")

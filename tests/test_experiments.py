@@ -71,7 +71,7 @@ def run(toy, chain, tmp_path_factory):
         scores = {"miou": 1.0, "oracle": {"miou": 2.0, "background_score": 0.5}}
         (run / f"{phase}.json").write_text(json.dumps(scores))
     (run / "demo.json").write_text(json.dumps({"seed": 0, "world": "", "generator": "vit"}))
-    (run / "table.json").write_text("{}")
+    (run / "full.json").write_text("{}")
     return run
 
 
