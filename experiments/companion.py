@@ -32,9 +32,9 @@ from a_run import (  # noqa: E402
     with_one_class)
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
 from common import InputError, claim, label_picture, run, writing  # noqa: E402
-from eval import TEST, predict_labels  # noqa: E402
+from eval import TEST, confusion_matrix, iou, predict_labels  # noqa: E402
 from make_pseudo import (  # noqa: E402
-    BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, with_background)
+    BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels, with_background)
 from train_cam import (  # noqa: E402
     cosine, embed_masked, match_loss, recipe_of, refine_loss, region_masks)
 from train_seg import load_segmenter  # noqa: E402
@@ -252,6 +252,21 @@ def removes(r, out):
                (slice(3, 4), (SIGNED, -0.3, 0.3, "refined - matching"))])
 
 
+def gains(r, out):
+    """5. ANALYSIS: mIoU of the labels of both phases, and of matching's labels with only what
+    refinement removes, with only what it adds"""
+    counts = defaultdict(int)
+    for name in r.true:
+        match, refine = (score_labels(cams, r.split.present(name), BACKGROUND_SCORE)
+                         for cams in cams_of(r, name, "match", "refine"))
+        for key, labels in (("matching", match), ("refinement", refine),
+                            ("only what it removes", match * (refine > 0)),
+                            ("only what it adds", np.where(match, match, refine))):
+            counts[key] += confusion_matrix(labels, labels_of(r, name), 1 + len(r.split.classes))
+    return {"mIoU of labels": {key: round(100 * np.nanmean(iou(matrix)), 1)
+                               for key, matrix in counts.items()}}
+
+
 def crf(r, out):
     """6. From CAM to mask"""
     rows, preset, steps = [], PRESETS["voc"], (0, 1, 3, 10)
@@ -301,6 +316,7 @@ SECTIONS = {  # what draws: what it needs
     strip: set(), inside: {"vit"}, shares: {"true masks", *PHASES}, regions: set(),
     growing: {"match", "prompt", "true masks"}, prompts: {"log"},
     removes: {"cams of match", "cams of refine"},
+    gains: {"true masks", "cams of match", "cams of refine"},
     crf: {"cams of refine"}, model: {"seg", "pseudo masks"}}
 CAPTIONS = {
     "1_inside.png": "Inside S: coarse map, attention of class token and marked patch, fine map",

@@ -3,7 +3,7 @@
 Every step gets --resume, and a score is kept if it is of the same record, so an interrupted demo
 continues where it stopped.
 Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
-each class's prompt, OUT/strip.png and OUT/index.html.
+each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
 
   python experiments/demo.py --out runs/toy                        # about ten minutes
   python experiments/demo.py --out runs/cnn --generator resnet
@@ -98,13 +98,15 @@ def parse_args(argv=None):
 def table(folder, rows):
     """Print the rows {name: (list, title, published)} with the scores in folder/NAME.json"""
     print(f"\n{'stage':<42}{'split':<7}{'mIoU':>5}   best score (found with masks)   published")
-    for name, (split, title, published) in rows.items():
-        row = json.loads((folder / f"{name}.json").read_text())
+    scores = {name: json.loads((folder / f"{name}.json").read_text()) for name in rows}
+    for (split, title, published), row in zip(rows.values(), scores.values()):
         best = row.get("oracle") and f"{row['oracle']['miou']:.1f} at " \
                                      f"{row['oracle']['background_score']}"
         print(f"{title:<42}{split:<7}{row['miou']:5.1f}   {best or '':<32}{published}".rstrip())
     print("\nCAMs are cut at the background score 0.43; nouns nearest to each learned prompt:")
     print((folder / "cam/prompts.txt").read_text())
+    with writing(folder / "table.json") as temporary:
+        temporary.write_text(json.dumps({name: row["miou"] for name, row in scores.items()}) + "\n")
 
 
 def main(args):
@@ -157,7 +159,8 @@ def main(args):
              f"--split {split} --cams {out}/cams_refine --out {out}/{name} --crf {crf} --resume")
     if not args.voc:
         # Two trainings with half of the threads each take less time than one after the other
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // 2))
         half = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         with open(folder / "full.log", "w") as log:
             full = subprocess.Popen([sys.executable, *sys.argv, "--only", "full"], env=half,
@@ -165,8 +168,10 @@ def main(args):
         print(f"\n# The upper bound: the same with the true masks, at the same time; {log.name}")
     step("A segmentation model learns from the pseudo masks", "train_seg.py", common,
          f"--split {split}", vit, f"--labels {out}/masks --out {out}/seg")
-    if not args.voc and (code := full.wait()):
-        raise InputError(f"{log.name}: the run ended with exit code {code}; see there")
+    if not args.voc:
+        if code := full.wait():
+            raise InputError(f"{log.name}: the run ended with exit code {code}; see there")
+        torch.set_num_threads(threads)
 
     for name in [*rows][3:]:  # CAMs have theirs
         score(args, name, *rows[name][:2])
