@@ -372,8 +372,9 @@ def load_photos(split, names, title, device):
 def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device, result,
           replaced=(), snapshots=0, **frozen):
     """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] and write PATH.pt with
-    what result() returns. rate(step, recipe): the learning rate; replaced: files of an earlier run
-    that go when this one has begun; snapshots: write PATH-STEP.pt too, so many times."""
+    what result() returns. photos: a Dataset; rate(step, recipe): the learning rate of step 0, 1, ..;
+    replaced: files of an earlier run that go when this one has begun; snapshots: how many
+    PATH-STEP.pt to write on the way."""
     if recipe["batch"] < WORLD or args.workers < 0:
         raise InputError(f"batch {recipe['batch']}, --workers {args.workers}; expected an image "
                          f"for each of the {WORLD} processes, and 0 or more workers")
@@ -386,7 +387,7 @@ def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device,
     autocast, scaler = mixed_precision(device, args.precision)
     journal = Journal(path, recipe, args.resume,
                       {"model": model, "optimizer": optimizer, "scaler": scaler})
-    for file in replaced if RANK == 0 else ():  # inputs are good, the disk has room
+    for file in replaced if RANK == 0 else ():  # not before: inputs were good, the disk had room
         file.unlink(missing_ok=True)
     every, steps = journal.every, recipe["steps"]
     at = {min(steps, every * round(steps * i / snapshots / every)) for i in range(1, snapshots + 1)}
@@ -394,7 +395,7 @@ def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device,
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
     ddp_model.train()
     for step, (image, labels) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # of dropout; after loading
+        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # for dropout and drop path
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * rate(step - 1, recipe)
         with autocast:
@@ -404,7 +405,7 @@ def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device,
         scaler.scale(losses["loss"] * share_of_all(n, device)).backward()
         scaler.step(optimizer)
         scaler.update()
-        if step in at and RANK == 0:  # before the journal, which would not come back to it
+        if step in at and RANK == 0:  # before the journal: a run resumed after it would skip this
             save(path.with_name(f"{path.name}-{step}.pt"), result() | {"record": recipe})
         journal.write(step, len(photos), losses, n)
     if RANK == 0:
@@ -443,7 +444,7 @@ def places(n, recipe, start):
 
 def load_batches(dataset, recipe, start, device, workers):
     """DataLoader of the steps after `start`. A batch depends on seed and step alone, an item on
-    seed, epoch and i: resuming and more processes or workers change nothing."""
+    seed, epoch and i: resuming and more processes or workers change no image."""
     return DataLoader(dataset, batch_sampler=places(len(dataset), recipe, start),
                       num_workers=workers, pin_memory=device.type == "cuda")
 
@@ -504,8 +505,8 @@ class Journal:
 
 
 def read_changes(args, recipe, choices):
-    """--steps, --batch and --set KEY=VALUE ... -> {key: value} of those keys that the recipe has:
-    literals of its types, whole ones above 0"""
+    """--set KEY=VALUE ... of the recipe's keys -> {key: value}: literals of its types, whole ones
+    above 0; --steps and --batch too, if the recipe has them"""
     changes, given = {}, {"steps": args.steps, "batch": args.batch}
     words = [f"{key}={n}" for key, n in given.items() if n is not None and key in recipe]
     for word in [*words, *args.set]:

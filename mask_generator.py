@@ -58,7 +58,7 @@ class MaskGenerator(nn.Module):
         super().__init__()
         self.options = {"class_attention": class_attention, "pool": pool, "reduction": reduction}
         self.backbone, self.num_classes = vit, num_classes
-        # Only the sum matters. Two parameters double the effective step, as in WeakTr
+        # Only their sum matters. Two parameters double the effective step, as in WeakTr
         self.class_tokens = nn.Parameter(vit.cls_token.detach().repeat(1, num_classes, 1))
         self.class_positions = nn.Parameter(vit.pos_embed[:, :1].detach().repeat(1, num_classes, 1))
         self.head = nn.Conv2d(vit.width, num_classes, 3, padding=1)
@@ -79,15 +79,14 @@ class MaskGenerator(nn.Module):
         x, (h, w) = self.backbone.embed(image, self.class_tokens + self.class_positions)
         for block in self.backbone.blocks:
             x, attention, written = block(x, with_maps=True)             # (B, K + h*w, D)
-            # Detached, as in WeakTr: the loss of the CAM changes how attention is weighted (W2),
-            # not the attention itself, so the backbone learns by its tokens alone
+            # Detached, as in WeakTr: a loss on the CAM trains the weights w, not the attention maps
             maps.append(attention.detach())                              # (B, A, T, T)
             pooled = written.amax(dim=1) if self.options["pool"] == "max" else written.mean(dim=1)
             features.append(pooled.detach())                             # (B, A, 64)
         coarse = self.head(x[:, K:].transpose(1, 2).unflatten(2, (h, w)))        # [eq. W1]
-        A = self.fusion(maps, features)                                  # (B, T, T) [eq. W2]
-        fine = self.spread(A, coarse)                                    # (B, K, h, w)
-        of_fusion = self.spread(A, coarse.detach())  # same value; gradients reach only the fusion
+        fused = self.fusion(maps, features)                              # (B, T, T) [eq. W2]
+        fine = self.spread(fused, coarse)                                # (B, K, h, w)
+        of_fusion = self.spread(fused, coarse.detach())  # same value; trains only the fusion
         return fine, {"tokens": x[:, :K].mean(dim=2), "coarse": coarse.mean(dim=(2, 3)),
                       "fine": of_fusion.mean(dim=(2, 3))}
 
@@ -103,7 +102,8 @@ class MaskGenerator(nn.Module):
 
 class AttentionFusion(nn.Module):
     """A = mean_m w_m A_m,  w = sigmoid(MLP(features)), one for each image  [eq. W2]. A head's
-    features are 64 channels of what its block writes; `pool` is linear twice, as in WeakTr."""
+    features: 64 channels of its layer's attention output, max or mean over all tokens. `pool` has
+    two linear layers and nothing between, as in WeakTr."""
 
     def __init__(self, num_maps, reduction=8):
         super().__init__()

@@ -1,7 +1,8 @@
 """Trains the mask generator through a frozen CLIP, from image-level labels (paper, section 3).
 
 X image, m = S(X)_k the CAM of a class k that X shows, M = (m - min m) / (max m - min m + eps)
-X_k^f = M X kept region, X_k^b = (1 - M) X dropped region    v_k^f, v_k^b = E_I(X_k^f), E_I(X_k^b)
+X_k^f = M X the kept region (f: foreground), X_k^b = (1 - M) X the dropped one (b: background)
+v_k^f, v_k^b = E_I(X_k^f), E_I(X_k^b). S sees X in ImageNet's normalisation, CLIP in its own.
 u_k^f = E_T("a photo of {class}.")    u_k^b = E_T(p_k), p_k the learned background prompt of k
 sim = cosine, c(x) = clamp(x, 1e-4, 1 - 1e-4), means over the N (image, shown class) pairs
 
@@ -12,7 +13,7 @@ sim = cosine, c(x) = clamp(x, 1e-4, 1 - 1e-4), means over the N (image, shown cl
 --phase    starts from                       what trains                     loss
 classify   an ImageNet backbone                 all of S                        soft margin
 match      classify.pt                       head and attention fusion *     L_match
-prompts    random; regions of match.pt       the prompts p; S is frozen      L_prompt
+prompts    random vectors; match.pt is S     the prompts p; S is frozen      L_prompt
 refine     classify.pt, prompts.pt           head and attention fusion *     L_total
 export     refine.pt                         nothing: writes CAMs
 * of the ViT; all of a CNN (--generator resnet), its backbone at a lower rate
@@ -161,7 +162,7 @@ def normalisations(device):
 
 
 def clip_view(clip, image):
-    """ImageNet-normalised (B, 3, H, W) -> X (B, 3, R, R) in CLIP's normalisation, of its size.
+    """ImageNet-normalised (B, 3, H, W) -> X (B, 3, R, R) in CLIP's normalisation and size.
     There 0 is CLIP's mean colour, into which M X fades where M is 0."""
     if image.shape[2:] != (clip.resolution, clip.resolution):
         image = F.interpolate(image, size=(clip.resolution, clip.resolution), mode="bicubic",
@@ -198,9 +199,9 @@ class Prompts(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# The phases. A step takes image (B, 3, H, W), ImageNet-normalised, and labels (B, K), on the CPU;
-# it returns ({name: scalar}, n): "loss" is minimised, all are logged; n is how many pairs (or
-# images) the loss averages over
+# The phases. A step takes the model, image (B, 3, H, W) on its device, ImageNet-normalised, labels
+# (B, K) on the CPU, the recipe, and what is frozen. It returns ({name: scalar}, n): "loss" is
+# minimised, all are logged; n is how many pairs (or images) the loss averages over
 # -------------------------------------------------------------------------------------------------
 
 def classification(args, recipe, split, device):
@@ -224,7 +225,8 @@ def classification_step(generator, image, labels, recipe):
 
 
 def matching(args, recipe, split, device, clip, u_f):
-    """Head and fusion learn masks whose kept region matches the class text: L_match [eq. 1]."""
+    """Head and fusion (of a CNN all) learn masks whose kept region matches the class text, by
+    L_match [eq. 1]."""
     generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
     generator.train_through_clip()
     train_phase(generator, match_step, args, recipe, split, device, clip=clip, u_f=u_f)  # match.pt
@@ -285,16 +287,17 @@ def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
 
 def train_phase(model, step_loss, args, recipe, split, device, result=None, **frozen):
     """Minimise a phase's loss by AdamW. OUT/PHASE.pt holds result(), by default the generator."""
+    snapshots = 0 if result else args.snapshots                         # of generators alone
     train(args.out / recipe["phase"], model.to(device), step_loss, Crops(split, recipe), recipe,
           cosine_rate, torch.optim.AdamW, args, device,
           result or partial(generator_state, model, split.classes),
-          replaced(args, recipe["phase"], split), 0 if result else args.snapshots, **frozen)
+          replaced(args, recipe["phase"], split), snapshots, **frozen)
 
 
 def cosine_rate(step, recipe):
-    """The rate of a step: up from first_lr in the warm-up, then on half a cosine to last_lr. The
-    cosine is counted from step 0, not from the end of the warm-up. With `epochs` the rate is
-    updated once per epoch, one epoch late, as in DeiT's loop."""
+    """The rate of step 0, 1, ..: up from first_lr in the warm-up (if the recipe has one), then on
+    half a cosine to last_lr (or 0). The cosine is counted from step 0, not from the end of the
+    warm-up. With `epochs` the rate is updated once per epoch, one epoch late, as in DeiT's loop."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
     if epochs := recipe["epochs"]:
         step = max(0, step * epochs // steps - 1) * steps / epochs
@@ -308,7 +311,7 @@ class Crops(Dataset):
 
     def __init__(self, split, recipe):
         self.split, self.seed = split, recipe["seed"]
-        augment = recipe.get("augment")  # prompts: crops and mirror images alone
+        augment = recipe.get("augment")  # not for the prompts, which see crops and mirror images
         grey = [round(255 * value) for value in IMAGENET_MEAN]
         rand_augment = v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, grey)
         self.view = v2.Compose([
@@ -368,8 +371,8 @@ def record_of(phase, recipe, args, split, texts):
     earlier = {name: args.out / f"{name}.pt" for name in STARTS.get(phase, [])}
     for name, path in ({"generator": args.checkpoint} if phase == "export" else earlier).items():
         if not path.is_file():
-            phase = path.stem if path.stem in PHASES else "all"
-            raise InputError(f"{path}: no such file; expected a checkpoint; run --phase {phase} "
+            missing = path.stem if path.stem in PHASES else "all"
+            raise InputError(f"{path}: no such file; expected a checkpoint; run --phase {missing} "
                              "first")
         record[name] = digest(path)
     return record
@@ -461,9 +464,9 @@ def main(args):
         raise InputError("--checkpoint: of --phase export alone; other phases make their own")
     args.checkpoint = args.checkpoint or args.out / "refine.pt"
     args.cams = args.cams or args.out / "cams"
-    keys = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
-    changes, texts = read_changes(args, keys, CHOICES), {}
-    if set(phases) & {"match", "prompts", "refine"}:
+    defaults = {key: x for phase in phases for key, x in recipe_of(args.recipe, phase, {}).items()}
+    changes, texts = read_changes(args, defaults, CHOICES), {}
+    if set(phases) & set(STARTS):  # those which ask CLIP
         clip = load_clip(args.clip, device)
         texts = {"clip": clip, "u_f": class_texts(clip, split.words)}            # (K, E)
     if RANK == 0:
@@ -472,8 +475,9 @@ def main(args):
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
     for phase in phases:
         torch.manual_seed(args.seed)
+        # The recipe is the record too: it gets the phase, the seed, and digests of the inputs
         recipe = record_of(phase, recipe_of(args.recipe, phase, changes), args, split, texts)
-        given = {} if phase in ("classify", "export") else texts
+        given = texts if phase in STARTS else {}
         if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume):
             PHASES[phase](args, recipe, split, device, **given)
         elif args.snapshots:
