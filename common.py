@@ -372,8 +372,8 @@ def load_photos(split, names, title, device):
 def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device, result,
           replaced=(), snapshots=0, **frozen):
     """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] and write PATH.pt with
-    what result() returns. photos: a Dataset; rate(step, recipe): the learning rate of step 0, 1, ..;
-    replaced: files of an earlier run that go when this one has begun; snapshots: how many
+    what result() returns. photos: a Dataset; rate(step, recipe): the learning rate of a step from
+    0 on; replaced: files of an earlier run that go when this one has begun; snapshots: how many
     PATH-STEP.pt to write on the way."""
     if recipe["batch"] < WORLD or args.workers < 0:
         raise InputError(f"batch {recipe['batch']}, --workers {args.workers}; expected an image "

@@ -225,8 +225,7 @@ def classification_step(generator, image, labels, recipe):
 
 
 def matching(args, recipe, split, device, clip, u_f):
-    """Head and fusion (of a CNN all) learn masks whose kept region matches the class text, by
-    L_match [eq. 1]."""
+    """S learns masks whose kept region matches the class text: L_match [eq. 1]."""
     generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
     generator.train_through_clip()
     train_phase(generator, match_step, args, recipe, split, device, clip=clip, u_f=u_f)  # match.pt
