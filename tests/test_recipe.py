@@ -1,6 +1,5 @@
 """The recipes against the published figures, and the tricks of the segmentation model."""
 import json
-import sys
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, PHASES, TINY, call, error_line, run_script
+from conftest import CPU, PHASES, TINY, call, two_processes
 from PIL import Image
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
@@ -19,25 +18,12 @@ import train_seg
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, Split, end_processes, load_batches, read_labels, start_processes,
     write_labels)
-from make_pseudo import PRESETS, dense_crf
 from mask_generator import MaskGenerator, ViT, load_vit
-from train_cam import cosine_rate, recipe_of, region_masks
+from train_cam import cosine_rate, recipe_of
 from train_seg import Segmenter
-
-IMAGES = {"voc": 10_582, "coco": 82_081}
-
 
 def seg_recipe(name):
     return {key: row[train_seg.RECIPES.index(name)] for key, row in train_seg.TABLE.items()}
-
-
-@pytest.mark.parametrize("name, images", IMAGES.items())
-def test_published_steps(name, images):
-    """60 epochs without the incomplete batch, 100 with it"""
-    for phase in PHASES:
-        recipe = recipe_of(name, phase, {})
-        assert recipe["steps"] == 60 * (images // recipe["batch"]) and recipe["epochs"] == 60
-    assert seg_recipe(name)["steps"] == 100 * -(-images // 4)
 
 
 PUBLISHED = {  # phase: {key: (voc, coco)}
@@ -69,15 +55,19 @@ PUBLISHED = {  # phase: {key: (voc, coco)}
 
 
 @pytest.mark.parametrize("phase", PUBLISHED)
-@pytest.mark.parametrize("column, name", [(0, "voc"), (1, "coco")])
-def test_published_values(phase, column, name):
-    """A careless edit of a table: the toy world does not notice it."""
+@pytest.mark.parametrize("column, name, images", [(0, "voc", 10_582), (1, "coco", 82_081)])
+def test_published_values(phase, column, name, images):
+    """A careless edit of a table: the toy world does not notice it. Of the phases 60 epochs without
+    the incomplete batch, of the segmentation 100 with it"""
     recipe = (seg_recipe(name) if phase == "seg" else eval.TEST[name] if phase == "test" else
               recipe_of(name, phase, {}))
     published = {key: row[column] for key, row in PUBLISHED[phase].items()}
     assert {key: recipe[key] for key in published} == published
+    if phase == "seg":
+        assert recipe["steps"] == 100 * -(-images // 4)
     if phase in PHASES:  # augmented and with drop path, but for the prompts
-        assert (recipe["crop"], recipe["min_area"]) == (224, 0.08)
+        assert (recipe["crop"], recipe["min_area"], recipe["epochs"]) == (224, 0.08, 60)
+        assert recipe["steps"] == 60 * (images // recipe["batch"])
         strong = (None, None) if phase == "prompts" else (True, 0.1)
         assert (recipe.get("augment"), recipe.get("drop_path")) == strong
 
@@ -287,12 +277,7 @@ def test_every_step_and_process_drops_others(toy, one_process, tmp_path, monkeyp
 def test_two_processes_equal_one_of_the_segmentation(toy, one_process):
     """With SGD, which a factor of the gradient moves elsewhere (AdamW hides it). Measured 5e-7"""
     root, _, trained, *_ = one_process
-    code = """import sys
-sys.path.insert(0, "tests")
-from test_recipe import voc_like
-voc_like(*sys.argv[1:])"""
-    run_script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python",
-               sys.executable, "-c", code, toy, root / "two", root / "labels")
+    two_processes("test_recipe.voc_like", toy, root / "two", root / "labels")
     found = torch.load(root / "two/seg.pt", weights_only=True)["segmenter"]
     for name, expected in trained.state_dict().items():
         torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-4, msg=name)
@@ -315,29 +300,6 @@ def test_clipping_of_high_losses_by_hand(monkeypatch):
     monkeypatch.setattr(train_seg, "WORLD", 2)
     monkeypatch.setattr(train_seg, "sum_over_processes", lambda x: x + losses[1].detach())
     assert train_seg.clip_high_losses(losses[:1], 1.2, 2).equal(clipped[:1])
-
-
-def test_a_batch_is_shared_equally(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_seg, "WORLD", 3)
-    line = error_line(capsys, "train_seg", "--data", toy / "data", "--labels", toy / "data/masks",
-                      "--out", tmp_path, *TINY)
-    assert "--batch 4: expected a multiple of the 3 processes" in line
-
-
-def test_ignored_pixels_count_as_zero():
-    """The loss is a mean over all pixels; where only 255 is, loss and gradients are 0."""
-    torch.manual_seed(0)
-    model, image = Segmenter(ViT(8, 64, 1, (4, 4)), 3), torch.randn(2, 3, 24, 16)
-    labels, losses = torch.full((2, 24, 16), 255), []
-    labels[1, :12] = 2
-    for shown in (labels[:1], labels):
-        values, n = train_seg.segmentation_step(model, image[:len(shown)], shown, {"clip_start": 0})
-        values["loss"].backward()
-        losses.append(values["loss"].item())
-        assert n == shown.numel() and any(
-            p.grad is not None and p.grad.any() for p in model.parameters()) == bool(losses[-1])
-    right = -model(image[1:]).log_softmax(dim=1)[0, 2, :12]
-    assert losses == [0, pytest.approx(right.mean().item() / 4)]
 
 
 def test_positions_are_resized_once_to_the_crop(toy):
@@ -421,41 +383,3 @@ def test_views_of_the_segmentation(toy, tmp_path):
     block = model.blocks[0]
     assert block.norm1.eps == block.norm2.eps == 1e-5 and (block.attn.qkv.bias == 0).all()
     assert block.mlp["fc1"].weight.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_crf_on_the_winners_equals_the_crf_on_all():
-    """20 labels, of which four win somewhere and the rest seldom exceed 1 %"""
-    torch.manual_seed(0)
-    score = F.interpolate(4 * torch.randn(1, 4, 4, 5), size=(60, 75), mode="bilinear")[0]
-    prob = torch.cat([score, torch.randn(16, 60, 75) - 6]).softmax(0)
-    image = 128 + 40 * F.interpolate(torch.randn(1, 3, 6, 8), size=(60, 75))[0]
-    image, winners = image.clamp(0, 255).byte().permute(1, 2, 0), prob.argmax(0).unique()
-    for preset in ("voc-test", "prob"):
-        _, *kernels = PRESETS[preset].values()
-        full = dense_crf(image, prob, *kernels).argmax(0)
-        ours = winners[dense_crf(image, prob[winners], *kernels).argmax(0)]
-        assert len(winners) == 4 and (full == ours).float().mean() > 0.99
-
-
-def test_class_tokens_move_at_twice_the_rate():
-    """WeakTr's [CLS] and its position are two parameters of AdamW; only their sum counts."""
-    torch.manual_seed(0)
-    S = MaskGenerator(ViT(8, 64, 2, (4, 4)), 3)
-    before, head = (S.class_tokens + S.class_positions).detach(), S.head.bias.detach().clone()
-    optimizer = torch.optim.AdamW(S.parameters(), lr=1e-3, weight_decay=0)
-    sum(z.square().sum() for z in S(torch.randn(2, 3, 32, 32))[1].values()).backward()
-    optimizer.step()
-    tokens = (S.class_tokens + S.class_positions - before).abs().median().item()
-    assert tokens == pytest.approx(2e-3, rel=0.01)
-    assert (S.head.bias - head).abs().median().item() == pytest.approx(1e-3, rel=0.01)
-
-
-def test_eps_damps_faint_maps():
-    """M of a random DeiT stays far below 1 with eps 0.1, so amplitude is trained as well."""
-    torch.manual_seed(0)
-    S = MaskGenerator(ViT(layers=4), 20).eval().requires_grad_(False)
-    image = torch.randn(1, 3, 96, 96)
-    faint, shape = (region_masks(S(image)[0][0], (96, 96), eps).amax() for eps in (0.1, 1e-12))
-    S.head.weight *= 1000
-    assert faint < 0.3 and region_masks(S(image)[0][0], (96, 96), 0.1).amax() > 2 * faint
-    assert shape > 0.99
