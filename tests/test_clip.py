@@ -15,7 +15,7 @@ from conftest import call, error, moved
 from PIL import Image
 
 import clip_model
-from clip_model import class_texts, load_clip, nearest_words, preprocess, read_nouns, tokenize
+from clip_model import load_clip, nearest_words, preprocess, read_nouns, tokenize
 from common import InputError, fetch_weights
 
 # As the reference orders them: embed_dim, resolution, layers, width, patch, context, vocabulary,
@@ -85,15 +85,6 @@ def test_towers_after_every_block(size, tmp_path):
         assert error(features, their_features) < TOLERANCE
         for i, (a, b) in enumerate(zip(blocks, their_blocks, strict=True)):
             assert error(a, b.transpose(0, 1)[:, :longest]) < TOLERANCE, f"{tower} {i}"
-
-
-@torch.no_grad()
-def test_class_texts_are_the_literal_sentence(pair):
-    """Another sentence ("a photo of a cat."), or texts in another order"""
-    clip, theirs, _ = pair
-    words = [f"{noun} {i}" for i, noun in enumerate(read_nouns()[:260])]  # more than a batch
-    expected = theirs.encode_text(tokenize([f"a photo of {word}." for word in words]))
-    assert error(class_texts(clip, words), expected) < TOLERANCE
 
 
 def reference_prompts(theirs, vectors):

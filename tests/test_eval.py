@@ -16,7 +16,7 @@ from torchmetrics import JaccardIndex
 import eval
 from common import Split, read_image, write_labels
 from eval import confusion_matrix, iou, predict
-from make_pseudo import average_in_segments, score_labels
+from make_pseudo import average_in_segments, dense_crf, score_labels
 from mask_generator import ViT
 from train_seg import Segmenter
 
@@ -122,18 +122,23 @@ def test_predict_any_size(W, H, segmenter):
     torch.testing.assert_close(mirrored.flip(2), prob, atol=1e-6, rtol=0)  # measured 1e-7
 
 
-def test_a_large_photo_is_predicted_small(monkeypatch):
-    """On a view of at most LARGEST pixels; labels of the photo's size, none blended"""
-    def halves(model, view, *_):
-        assert view.size == (16, 10)
-        prob = torch.zeros(4, 10, 16)
-        prob[0, :, :8] = prob[3, :, 8:] = 1
-        return prob
+def test_labels_of_a_large_photo(monkeypatch):
+    """Predicted on a view of at most LARGEST pixels, here half the size; after the published CRF
+    among the labels that win there; of the photo's size, none blended"""
+    photo = np.random.default_rng(0).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+    photo, prob = Image.fromarray(photo), torch.full((5, 10, 16), 0.29)
+    prob[0], prob[3, :, :8] = 0.3, 0.31
     monkeypatch.setattr(eval, "LARGEST", 16)
-    monkeypatch.setattr(eval, "predict", halves)
-    for crf in ("none", "voc"):
-        labels = eval.predict_labels(None, Image.new("RGB", (40, 24)), {"crf": crf}, True, CPU)
-        assert np.array_equal(labels, np.repeat([[0, 3]], 20, axis=1).repeat(24, axis=0))
+    monkeypatch.setattr(eval, "predict", lambda model, view, *_: prob[:, :view.height, :view.width])
+    view = photo.copy()
+    view.thumbnail((16, 16))
+    view = torch.from_numpy(np.array(view))
+    among_winners, among_all = (dense_crf(view, each, (3, 3), (83, 5, 3)).argmax(0)
+                                for each in (prob[[0, 3]], prob))
+    for crf, expected in (("none", prob.argmax(0)), ("voc-test", 3 * among_winners)):
+        labels = eval.predict_labels(None, photo, {"crf": crf}, True, CPU)
+        assert np.array_equal(labels, expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert not among_all.equal(3 * among_winners)
 
 
 def test_a_model_is_tested_at_the_size_it_was_trained_at(segmenter, tmp_path):

@@ -338,21 +338,6 @@ def test_windows_in_one_batch_are_windows_one_by_one():
     assert eval.window_view(Image.new("RGB", (1000, 50)), 40, 32).shape == (1, 3, 32, 640)
 
 
-def test_a_prediction_gives_the_crf_the_winners_alone(monkeypatch):
-    """eval.predict_labels: labels 0 and 3 win of five; the CRF's answer becomes 0 and 3 again"""
-    prob, seen = torch.full((5, 6, 8), 0.1), []
-    prob[0], prob[3, :, :4] = 0.3, 0.5
-
-    def crf(image, prob, gaussian, bilateral):
-        seen.append((len(prob), gaussian, bilateral))
-        return prob.flip(0)  # the winners change places
-    monkeypatch.setattr(eval, "predict", lambda *_: prob)
-    monkeypatch.setattr(eval, "dense_crf", crf)
-    labels = eval.predict_labels(None, Image.new("RGB", (8, 6)), eval.TEST["voc"], True, CPU)
-    assert seen == [(2, (3, 3), (83, 5, 3))]
-    assert (labels[:, :4] == 0).all() and (labels[:, 4:] == 3).all()
-
-
 def test_views_of_the_segmentation_are_padded_last(toy):
     """Below and at the right, by mean colour and label 255; some views are mirrored."""
     split = Split(toy / "data", "train")
