@@ -94,13 +94,15 @@ def moved(before, after):
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """data/ with 12 + 4 images, clip.pt, vit.pth, resnet.pth. The first image of either split is
-    cut to 37 x 50 pixels. Read-only for tests."""
+    cut to 37 x 50 pixels; few.csv lists three. Read-only for tests."""
     world = tmp_path_factory.mktemp("toy")
     run_script("prepare/toy.py", "--out", world, "--train", 12, "--val", 4)
     for path in (world / "data").glob("*/*_00000.*"):
         with Image.open(path) as picture:
             picture.load()
         picture.crop((5, 20, 55, 57)).save(path)
+    rows = (world / "data/train.csv").read_text().splitlines(keepends=True)
+    (world / "data/few.csv").write_text("".join(rows[:3]))
     return world
 
 

@@ -112,18 +112,18 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def world(toy, chain, tmp_path_factory):
-    """Two photos and what belongs to them, all weights"""
+    """Three photos and what belongs to them, all weights"""
     w = tmp_path_factory.mktemp("bad")
     for source, folder in ((toy / "data/images", "data/images"), (toy / "data/masks", "data/masks"),
                            (chain / "masks", "masks"), (chain / "cam/cams", "cams")):
         (w / folder).mkdir(parents=True)
-        for path in source.glob("train_0000[12].*"):
+        for path in source.glob("train_0000[012].*"):
             shutil.copy(path, w / folder)
     for path in (toy / "clip.pt", toy / "vit.pth", toy / "resnet.pth", chain / "cam/refine.pt",
                  chain / "seg/seg.pt"):
         shutil.copy(path, w)
-    shutil.copy(toy / "data/classes.txt", w / "data")
-    (w / "data/few.csv").write_text("".join((toy / "data/train.csv").open().readlines()[1:3]))
+    for file in ("classes.txt", "few.csv"):
+        shutil.copy(toy / "data" / file, w / "data")
     return w
 
 

@@ -93,9 +93,9 @@ def test_eval_writes_what_it_promises(split, what, source, note, flags, toy, cha
         assert Image.open(out / f"overlays/{name}.jpg").size == size
 
 
-def predicted(root, chain, out):
-    """Pseudo masks of two photos, and predictions for them, of this process's part"""
-    data = ["--data", root, "--split", "few", "--device", "cpu"]
+def predicted(toy, chain, out):
+    """Pseudo masks of three photos, and predictions for them"""
+    data = ["--data", f"{toy}/data", "--split", "few", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_pseudo, "end_processes", lambda: None)  # eval.py goes on in this group
         call("make_pseudo", *data, "--cams", f"{chain}/cam/cams", "--out", f"{out}/masks")
@@ -103,11 +103,10 @@ def predicted(root, chain, out):
          f"{out}/saved", "--json", f"{out}/s.json")
 
 
-def test_two_processes_write_what_one_writes(root, chain, tmp_path):
+def test_two_processes_write_what_one_writes(toy, chain, tmp_path):
     """The same bytes, with unequal shares, from make_pseudo.py and eval.py"""
-    (root / "few.csv").write_text("".join((root / "train.csv").open().readlines()[:3]))
-    predicted(root, chain, tmp_path / "1")
-    told = two_processes("test_scripts.predicted", root, chain, tmp_path / "2")
+    predicted(toy, chain, tmp_path / "1")
+    told = two_processes("test_scripts.predicted", toy, chain, tmp_path / "2")
     assert told.count("mIoU") == 1  # one process reports, and writes the scores
     assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
     assert len(files_in(tmp_path / "1")) == 3 + 1 + 2 * 3 + 1 + 1  # with two made_of.json
