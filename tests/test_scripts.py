@@ -140,40 +140,59 @@ def test_segmentation_resumed_equals_uninterrupted(toy, tmp_path, monkeypatch, d
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 @pytest.fixture
-def train_cam_says(toy, chain, capsys, tmp_path):
-    """The error line of train_cam.py in a copy of the chain's folder, in which nothing changes"""
-    out = shutil.copytree(chain / "cam", tmp_path / "cam")
+def says(toy, chain, capsys, tmp_path):
+    """says(script, *flags): its error line in copies of the chain's folders, which stay the same"""
+    for folder in ("cam", "masks"):
+        shutil.copytree(chain / folder, tmp_path / folder)
+    inputs = {"train_cam": ["--clip", toy / "clip.pt", "--out", tmp_path / "cam"],
+              "train_seg": ["--labels", tmp_path / "masks", "--out", tmp_path / "seg"]}
 
-    def says(*flags):
+    def says(script, *flags):
         before = files_in(tmp_path)
-        line = error_line(capsys, "train_cam", "--data", toy / "data", "--clip", toy / "clip.pt",
-                          "--vit", toy / "vit.pth", "--out", out, *TINY, *flags)
+        line = error_line(capsys, script, "--data", toy / "data", "--vit", toy / "vit.pth",
+                          *inputs[script], *TINY, *flags)
         assert files_in(tmp_path) == before
         return line
     return says
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--phase all --checkpoint X", "--checkpoint: of --phase export alone"),
-    ("--phase match --resume --seed 1", "match.pt: made with seed 0, now it is 1"),
-    ("--resume --set lambda_t=0.5", "prompts.pt: made with lambda_t 0.02, now it is 0.5"),
-    ("--phase match --out {cam}/new", "new/classify.pt: no such file"),
-    ("--phase classify --workers -1", "--workers -1: expected 0 or more"),
-    ("--phase match --set lambda_r=1", "--set lambda_r=1: expected KEY=VALUE, like one of "),
-    ("--phase export --checkpoint {cam}/prompts.pt", "prompts.pt: has no 'generator'"),
-    ("--phase classify --out {cam}/match.pt", "File exists"),
-    ("--phase classify --split missing", "missing.csv: not readable")])
-def test_flags_that_cannot_be(flags, says, train_cam_says, tmp_path):
-    assert says in train_cam_says(*flags.format(cam=tmp_path / "cam").split())
+@pytest.mark.parametrize("command, expected", [
+    ("train_cam --phase all --checkpoint X", "--checkpoint: of --phase export alone"),
+    ("train_cam --phase match --resume --seed 1", "match.pt: made with seed 0, now it is 1"),
+    ("train_cam --resume --set lambda_t=0.5", "prompts.pt: made with lambda_t 0.02, now it is 0.5"),
+    ("train_cam --phase match --out {m}/cam/new", "new/classify.pt: no such file"),
+    ("train_cam --phase classify --workers -1", "--workers -1: expected 0 or more"),
+    ("train_cam --phase match --set lambda_r=1", "--set lambda_r=1: expected KEY=VALUE, like one "),
+    ("train_cam --phase export --checkpoint {m}/cam/prompts.pt", "prompts.pt: has no 'generator'"),
+    ("train_cam --phase classify --out {m}/cam/match.pt", "File exists"),
+    ("train_cam --phase classify --split missing", "missing.csv: not readable"),
+    ("train_seg --set lr=fast", "--set lr=fast: expected KEY=VALUE, like one of "),
+    ("train_seg --set speed=1", "batch=8"),  # all keys with their values
+    ("train_seg --set optimizer=adam", "optimizer=sgd|adamw"),
+    ("train_seg --set crop=1.5", "crop=64"),
+    ("train_seg --set batch=0", "batch=8"),
+    ("train_seg --set scale=2", "scale=(0.75, 1.5)")])
+def test_flags_that_cannot_be(command, expected, says, tmp_path):
+    assert expected in says(*command.format(m=tmp_path).split())
 
 
-def test_prompts_of_another_clip(toy, train_cam_says, tmp_path):
+def test_a_missing_label_shows_at_the_start(says, tmp_path):
+    (tmp_path / "masks/train_00007.png").unlink()
+    assert "train_00007.png: no such file, 1 of 1" in says("train_seg")
+
+
+def test_a_batch_is_shared_equally(says, monkeypatch):
+    monkeypatch.setattr(train_seg, "WORLD", 3)
+    assert "--batch 4: expected a multiple of the 3 processes" in says("train_seg")
+
+
+def test_prompts_of_another_clip(toy, says, tmp_path):
     """Of the same widths"""
     state = torch.load(toy / "clip.pt", weights_only=True)
     state["text_projection"] = state["text_projection"].flip(0)
     torch.save(state, tmp_path / "other.pt")
-    line = train_cam_says("--phase", "refine", "--clip", tmp_path / "other.pt")
-    assert "prompts.pt: prompts of another CLIP" in line
+    assert "prompts.pt: prompts of another CLIP" in says("train_cam", "--phase", "refine", "--clip",
+                                                         tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("where", ["weights", "gradients"])
@@ -194,35 +213,6 @@ def test_what_is_not_a_number_is_not_saved(where, toy, chain, tmp_path, capsys, 
                       "--out", tmp_path / "cam", *TINY, "--phase", "match")
     assert "match: a loss or weight is not finite in steps 2 to 2" in line
     assert torch.load(tmp_path / "cam/match.part", weights_only=True)["step"] == 1
-
-
-@pytest.fixture
-def train_seg_says(toy, capsys, tmp_path):
-    def says(*flags):
-        line = error_line(capsys, "train_seg", "--data", toy / "data", "--vit", toy / "vit.pth",
-                          "--labels", toy / "data/masks", "--out", tmp_path / "seg", *TINY, *flags)
-        assert not (tmp_path / "seg").exists()
-        return line
-    return says
-
-
-def test_a_missing_label_shows_at_the_start(chain, tmp_path, train_seg_says):
-    labels = shutil.copytree(chain / "masks", tmp_path / "labels")
-    (labels / "train_00007.png").unlink()
-    assert "train_00007.png: no such file, 1 of 1" in train_seg_says("--labels", labels)
-
-
-def test_a_batch_is_shared_equally(train_seg_says, monkeypatch):
-    monkeypatch.setattr(train_seg, "WORLD", 3)
-    assert "--batch 4: expected a multiple of the 3 processes" in train_seg_says()
-
-
-@pytest.mark.parametrize("words, says", [
-    ("lr=fast", "--set lr=fast: expected KEY=VALUE, like one of "), ("speed=1", "batch=8"),
-    ("optimizer=adam", "optimizer=sgd|adamw"), ("crop=1.5", "crop=64"), ("batch=0", "batch=8"),
-    ("scale=2", "scale=(0.75, 1.5)")])
-def test_values_of_another_kind(words, says, train_seg_says):
-    assert says in train_seg_says("--set", words)
 
 
 def test_a_photo_of_5000_to_1_is_resized_to_what_a_crop_needs(tmp_path, monkeypatch):
