@@ -46,7 +46,10 @@ def two_processes(function, *arguments):
                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                           "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
         for rank in (0, 1)]
-    told = [process.communicate(timeout=300)[0] for process in both]
+    try:
+        told = [process.communicate(timeout=300)[0] for process in both]
+    finally:
+        [process.kill() for process in both]
     assert [process.returncode for process in both] == [0, 0], function
     return "".join(told)
 
