@@ -1,7 +1,9 @@
 """What several test files share: a tiny toy world, all scripts run on it, ways to call one."""
 import importlib
 import os
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +25,33 @@ CPU = torch.device("cpu")
 PHASES = ["classify", "match", "prompts", "refine"]  # those that train
 
 
-def run_script(*command):
-    """A command line in a Python of its own; fails with its stderr."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=300)
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
-    return done.stdout
+def run_script(script, *flags):
+    """A file as `python FILE FLAGS` runs it, but in this process: importing torch takes seconds"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def two_processes(function, *arguments):
+    """MODULE.FUNCTION(*arguments as text) of tests/ or of a script, in two processes as torchrun
+    starts them -> what both print"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    module, name = function.split(".")
+    code = f"import sys, conftest, {module}; {module}.{name}(*sys.argv[1:])"
+    both = [subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                          "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+        for rank in (0, 1)]
+    try:
+        told = [process.communicate(timeout=300)[0] for process in both]
+    finally:
+        [process.kill() for process in both]
+    assert [process.returncode for process in both] == [0, 0], function
+    return "".join(told)
 
 
 def call(script, *flags):
@@ -74,13 +97,15 @@ def moved(before, after):
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """data/ with 12 + 4 images, clip.pt, vit.pth, resnet.pth. The first image of either split is
-    cut to 37 x 50 pixels. Read-only for tests."""
+    cut to 37 x 50 pixels; few.csv lists three. Read-only for tests."""
     world = tmp_path_factory.mktemp("toy")
     run_script("prepare/toy.py", "--out", world, "--train", 12, "--val", 4)
     for path in (world / "data").glob("*/*_00000.*"):
         with Image.open(path) as picture:
             picture.load()
         picture.crop((5, 20, 55, 57)).save(path)
+    rows = (world / "data/train.csv").read_text().splitlines(keepends=True)
+    (world / "data/few.csv").write_text("".join(rows[:3]))
     return world
 
 

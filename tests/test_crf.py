@@ -69,10 +69,8 @@ def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
     image, maps = scene(40, 50)
     maps = maps[:2] / maps[:2].amax()
     scores = torch.cat([torch.full((1, 40, 50), 0.43), maps])
-    winner, unary = scores.argmax(0), torch.full((3, 40, 50), 0.15)
-    for y in range(40):
-        for x in range(50):
-            unary[winner[y, x], y, x] = 0.7
+    winner = scores.argmax(0)
+    unary = torch.stack([torch.where(winner == label, 0.7, 0.15) for label in range(3)])
     Q = dense_crf(image, unary if preset != "prob" else scores / scores.sum(0), *kernels)
     found, raw = (pseudo_mask(image.numpy(), maps, np.array([1, 4]), 0.43, name, CPU)
                   for name in (preset, "none"))
@@ -102,23 +100,12 @@ def test_the_number_of_threads_changes_no_bit(tmp_path):
     """One process with all cores and several with one each must write the same PNG."""
     np.save(tmp_path / "a.npy", np.random.default_rng(0).random((3, 54, 80)).astype(np.float16))
     image, before, results = scene(214, 320)[0], torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            maps = read_cams(tmp_path, "a", [0, 1, 2], (214, 320))
-            results.append((maps, dense_crf(image, maps, iterations=2)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_bad_input_raises():
-    image, prob = torch.zeros(4, 5, 3, dtype=torch.uint8), torch.full((2, 4, 5), 0.5)
-    for bad in ((image, prob * math.nan), (image, prob + 1), (image, prob.transpose(1, 2)),
-                (image, prob[:0]), (image.float(), prob), (image.permute(2, 0, 1), prob)):
-        for crf in (dense_crf, dense_crf_slow):
-            with pytest.raises(ValueError, match="prob must lie in|expected image uint8"):
-                crf(*bad)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        maps = read_cams(tmp_path, "a", [0, 1, 2], (214, 320))
+        results.append(torch.stack([maps, dense_crf(image, maps, iterations=2)]))
+    torch.set_num_threads(before)
+    assert results[0].equal(results[1])
 
 
 @pytest.mark.gpu

@@ -88,8 +88,8 @@ def test_all_stages_keep_tensors_on_their_device(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(eval, "ThreadPoolExecutor", lambda _: Context(Context()))
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, path: save(tree_map(here, state), path))
-    out, data = tmp_path, f"--data {toy}/data --split train"
-    train = f"{data} --recipe toy --vit {toy}/vit.pth --steps 1 --batch 4 --workers 0"
+    out, data = tmp_path, f"--data {toy}/data --split few"
+    train = f"{data} --recipe toy --vit {toy}/vit.pth --steps 1 --batch 2 --workers 0"
     with Constants(), Placement():
         for module, flags in ((train_cam, f"{train} --clip {toy}/clip.pt --out {out}"),
                               (make_pseudo, f"{data} --cams {out}/cams --out {out}/masks"),

@@ -16,7 +16,7 @@ from torchmetrics import JaccardIndex
 import eval
 from common import Split, read_image, write_labels
 from eval import confusion_matrix, iou, predict
-from make_pseudo import average_in_segments, score_labels
+from make_pseudo import average_in_segments, dense_crf, score_labels
 from mask_generator import ViT
 from train_seg import Segmenter
 
@@ -57,7 +57,7 @@ def pets(tmp_path):
     return root
 
 
-def test_iou_equals_torchmetrics(pets, monkeypatch):
+def test_iou_equals_torchmetrics(pets):
     metric = JaccardIndex(task="multiclass", num_classes=4, average="none", ignore_index=255)
     for name in "abc":
         pred, truth = (torch.from_numpy(np.array(Image.open(pets / folder / f"{name}.png")))[None]
@@ -67,14 +67,16 @@ def test_iou_equals_torchmetrics(pets, monkeypatch):
     assert list(result["iou"].values()) == pytest.approx(expected.tolist(), abs=1e-4)
     assert result["miou"] == pytest.approx(expected.mean(), abs=1e-4) and result["iou"]["été"] == 0
     assert score(pets, "--pred", pets / "masks")["miou"] == 100
+
+
+def test_the_sweep_finds_the_best_of_single_scores(pets, monkeypatch):
     flags, sweep = ["--cams", pets / "cams", "--background-score"], (0.3, 0.5, 0.7)
-    single = [score(pets, *flags, t)["miou"] for t in sweep]  # the sweep counts what these count
-    monkeypatch.setattr(eval, "SWEEP", sweep)
-    best = score(pets, *flags, 0.3, "--oracle-sweep")["oracle"]
-    assert best["miou"] == pytest.approx(max(single), abs=1e-3) and len(set(single)) == 3
-    monkeypatch.setattr(eval, "SWEEP", (sweep[np.argmax(single)], 0.99))
-    best = score(pets, *flags, sweep[np.argmin(single)], "--oracle-sweep")["oracle"]
-    assert best["background_score"] == sweep[np.argmax(single)]
+    single = {t: score(pets, *flags, t)["miou"] for t in sweep}
+    worst, *_, best = sorted(sweep, key=single.get)
+    monkeypatch.setattr(eval, "SWEEP", (best, 0.99))
+    oracle = score(pets, *flags, worst, "--oracle-sweep")["oracle"]
+    assert oracle["background_score"] == best and len(set(single.values())) == 3
+    assert oracle["miou"] == pytest.approx(single[best], abs=1e-3)
 
 
 def test_score_labels_by_hand():
@@ -118,21 +120,25 @@ def test_predict_any_size(W, H, segmenter):
     torch.testing.assert_close(prob.sum(0), torch.ones(H, W))
     mirrored = predict(model, photo.transpose(Image.FLIP_LEFT_RIGHT), RECIPE, True, CPU)
     torch.testing.assert_close(mirrored.flip(2), prob, atol=1e-6, rtol=0)  # measured 1e-7
-    assert model(torch.randn(2, 3, H, W)).shape == (2, 4, H, W)
 
 
-def test_a_large_photo_is_predicted_small(monkeypatch):
-    """On a view of at most LARGEST pixels; labels of the photo's size, none blended"""
-    def halves(model, view, *_):
-        assert view.size == (16, 10)
-        prob = torch.zeros(4, 10, 16)
-        prob[0, :, :8] = prob[3, :, 8:] = 1
-        return prob
+def test_labels_of_a_large_photo(monkeypatch):
+    """Predicted on a view of at most LARGEST pixels, here half the size; after the published CRF
+    among the labels that win there; of the photo's size, none blended"""
+    photo = np.random.default_rng(0).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+    photo, prob = Image.fromarray(photo), torch.full((5, 10, 16), 0.29)
+    prob[0], prob[3, :, :8] = 0.3, 0.31
     monkeypatch.setattr(eval, "LARGEST", 16)
-    monkeypatch.setattr(eval, "predict", halves)
-    for crf in ("none", "voc"):
-        labels = eval.predict_labels(None, Image.new("RGB", (40, 24)), {"crf": crf}, True, CPU)
-        assert np.array_equal(labels, np.repeat([[0, 3]], 20, axis=1).repeat(24, axis=0))
+    monkeypatch.setattr(eval, "predict", lambda model, view, *_: prob[:, :view.height, :view.width])
+    view = photo.copy()
+    view.thumbnail((16, 16))
+    view = torch.from_numpy(np.array(view))
+    among_winners, among_all = (dense_crf(view, each, (3, 3), (83, 5, 3)).argmax(0)
+                                for each in (prob[[0, 3]], prob))
+    for crf, expected in (("none", prob.argmax(0)), ("voc-test", 3 * among_winners)):
+        labels = eval.predict_labels(None, photo, {"crf": crf}, True, CPU)
+        assert np.array_equal(labels, expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert not among_all.equal(3 * among_winners)
 
 
 def test_a_model_is_tested_at_the_size_it_was_trained_at(segmenter, tmp_path):
@@ -144,25 +150,26 @@ def test_a_model_is_tested_at_the_size_it_was_trained_at(segmenter, tmp_path):
 
 def test_any_photos_are_predicted(segmenter, tmp_path, capsys):
     """Any file that shows a picture; hidden files and other kinds are passed over."""
-    ramp, turned = np.linspace(0, 255, 1200).reshape(30, 40).astype(np.uint8), Image.Exif()
+    ramp = np.linspace(0, 255, 1200).reshape(30, 40).astype(np.uint8)
+    folder, out, turned = tmp_path / "mine", tmp_path / "new/out", Image.Exif()
     turned[0x0112] = 6
-    folder, (model, *_) = tmp_path / "mine", eval.load_segmenter(segmenter)
     folder.mkdir()
     for file, mode in (("a.jpg", "CMYK"), ("b.gif", "P"), ("c.png", "RGBA"), ("à la.JPEG", "1")):
         Image.fromarray(ramp).convert(mode).save(folder / file)
     Image.fromarray(ramp.astype(np.uint16) * 257).save(folder / "16 bit.large.TIFF")
     Image.fromarray(ramp).save(folder / "turned.jpg", exif=turned)
+    photos = {path.stem: path for path in folder.iterdir()}
     for file in ("notes.txt", ".hidden.jpg"):
         (folder / file).write_text("no photo")
-    out = tmp_path / "new/out"
     call("eval", "--images", folder, "--checkpoint", segmenter, "--save", out, "--crf", "none",
          "--scales", 1, 1.5)
     assert "labels of 6 photos" in capsys.readouterr().out and len(files_in(out)) == 2 * 6 + 1
-    for path in (path for path in folder.glob("[!.]*") if path.suffix != ".txt"):
+    model = eval.load_segmenter(segmenter)[0]
+    for name, path in photos.items():
         photo = read_image(path)  # upright
-        check_label_png(out / f"{path.stem}.png", photo.size, range(4))
+        check_label_png(out / f"{name}.png", photo.size, range(4))
         expected = predict(model, photo, RECIPE, True, CPU).argmax(0).numpy()
-        assert np.array_equal(np.array(Image.open(out / f"{path.stem}.png")), expected)
+        assert np.array_equal(np.array(Image.open(out / f"{name}.png")), expected)
 
 
 def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path, capsys):
@@ -183,9 +190,7 @@ def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path
 @pytest.mark.parametrize("flags, says", [
     ("--pred p --crf voc", "--crf: only with --checkpoint"),
     ("--pred p --no-flip", "--flip: only with --checkpoint"),
-    ("--cams c --flip", "--flip: only with --checkpoint"),
     ("--cams c --present-only", "--present-only: only with --checkpoint"),
-    ("--pred p --scales 1", "--scales: only with --checkpoint"),
     ("--pred p --oracle-sweep", "--oracle-sweep: only with --cams"),
     ("--pred p --background-score 0.4", "--background-score: only with --cams"),
     ("--cams c --background-score 1", "--background-score 1.0: expected a number in (0, 1)"),
@@ -194,16 +199,15 @@ def test_flags_that_the_mode_ignores_are_refused(flags, says, capsys):
     assert says in error_line(capsys, "eval", "--data", "none", *flags.split())
 
 
-def test_what_cannot_be_scored(segmenter, pets, tmp_path, capsys):
+@pytest.mark.parametrize("flags, says", [
+    ("--data {pets} --split bare --present-only --checkpoint {model}", "no class of any photo"),
+    ("--images {pets}/images --checkpoint {model}", "pass --save"),
+    ("--images {pets}/images --checkpoint {model} --present-only --save {pets}/new", "no labels"),
+    ("--data {pets} --split train --pred {pets}/pred --json {pets}/s.json", "every pixel is 255")])
+def test_what_cannot_be_scored(flags, says, segmenter, pets, capsys):
     """Photos without any label; truth that is all 255; predictions that go nowhere"""
-    checkpoint = ["--checkpoint", segmenter]
-    (pets / "test.csv").write_text("images/a.jpg,\nimages/c.PNG,\n")
-    assert "names no class of any photo" in error_line(
-        capsys, "eval", "--data", pets, "--split", "test", "--present-only", *checkpoint)
-    for flags, says in (([], "pass --save"), (["--present-only", "--save", tmp_path], "no labels")):
-        assert says in error_line(capsys, "eval", "--images", pets / "images", *checkpoint, *flags)
+    (pets / "bare.csv").write_text("images/a.jpg,\nimages/c.PNG,\n")
     for name in "abc":
         write_labels(pets / f"masks/{name}.png", np.full((8, 12), 255, np.uint8))
-    assert "every pixel is 255" in error_line(capsys, "eval", "--data", pets, "--split", "train",
-                                              "--pred", pets / "pred", "--json", pets / "s.json")
-    assert not (pets / "s.json").exists()
+    line = error_line(capsys, "eval", *flags.format(pets=pets, model=segmenter).split())
+    assert says in line and not (pets / "s.json").exists()

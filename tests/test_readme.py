@@ -35,12 +35,6 @@ def test_functions_that_the_readme_names_exist():
         reduce(getattr, name.split("."), importlib.import_module(chapter))
 
 
-def test_table_of_files_is_in_reading_order():
-    files = re.findall(r"^    (\w+)\.py  ", README, re.M)
-    assert [name for name in files if name != "common"] == CHAPTERS and "common" in files
-    assert {path.stem for path in ROOT.glob("*.py")} == set(files)
-
-
 @pytest.mark.parametrize("name", SOURCE)
 def test_imports_between_scripts(name):
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", SOURCE[name], re.M))
