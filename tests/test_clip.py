@@ -4,7 +4,9 @@ Nothing is downloaded: weights are random, at the real size of ViT-B/32 and at a
 and gains too: a bias of zero or a gain of one would hide a mistake.
 """
 import hashlib
+import http.server
 import random
+import threading
 from functools import partial
 
 import numpy as np
@@ -207,12 +209,18 @@ def test_downloads(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file, place = tmp_path / "w.pt", tmp_path / "hub/checkpoints"
     file.write_bytes(b"weights")
-    url, digest = file.as_uri(), hashlib.sha256(b"weights").hexdigest()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.func.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/w.pt"
+    digest = hashlib.sha256(b"weights").hexdigest()
     for bad, expected in [(url, "0" * 64), (url.replace("w.pt", "v.pt"), digest),
                           ("http://127.0.0.1:9/u.pt", digest)]:  # nobody listens there
         with pytest.raises(InputError, match=f"^cannot download {bad} .*save it as {place}"):
             fetch_weights(bad, expected)
         assert not list(place.iterdir())
     assert fetch_weights(url, digest[:8]) == place / "w.pt"
-    file.unlink()
+    server.shutdown()
+    server.server_close()
     assert fetch_weights(url, digest[:8]).read_bytes() == b"weights"

@@ -118,3 +118,12 @@ def test_gpu_equals_cpu(H, W, C, preset):
     Q, expected = dense_crf(image, unary.cuda(), *kernels), dense_crf(image, unary, *kernels)
     assert Q.is_cuda and (Q.cpu().argmax(0) == expected.argmax(0)).float().mean() >= 0.9999
     assert (Q.cpu() - expected).abs().mean() < 1e-5
+
+
+@pytest.mark.parametrize("crf", [dense_crf, dense_crf_slow])
+def test_what_is_no_image_or_no_probability(crf):
+    image, prob = torch.zeros(4, 5, 3, dtype=torch.uint8), torch.full((2, 4, 5), 0.5)
+    for bad in ((image, prob * torch.nan), (image, prob + 1), (image, prob.transpose(1, 2)),
+                (image.float(), prob)):
+        with pytest.raises(ValueError, match="expected image uint8|prob must lie in"):
+            crf(*bad)

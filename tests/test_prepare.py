@@ -18,8 +18,6 @@ from pycocotools.coco import COCO
 
 from common import InputError, Split, write_labels
 
-pytestmark = pytest.mark.filterwarnings(  # pycocotools' own, with NumPy 2
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 REAL = ROOT.parent / "shared" / "data"
 needs_photos = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
 
