@@ -168,10 +168,10 @@ class Photos(Split):
         self.labels = dict.fromkeys(self.names, np.zeros(len(classes), bool))
 
 
-# ---- What is scored: args, device -> the list, a function (name, photo) -> labels (H, W), one for
-# ---- each background score tried, and how they are made
+# ---- What is scored ------------------------------------------------------------------------------
 
 def png_labels(args, device):
+    """--pred -> the Split, a function (name, photo) -> [labels (H, W)], {how they are made}"""
     split = Split(args.data, args.split)
     C = len(split.classes) + 1
     return split, lambda name, photo: [
@@ -179,6 +179,7 @@ def png_labels(args, device):
 
 
 def cam_labels(args, device):
+    """--cams -> the same; labels of each background score that is tried"""
     how = {"background_score": args.background_score, "background_score_chosen": "given"}
     if args.background_score is None:
         how = {"background_score": BACKGROUND_SCORE,
@@ -195,6 +196,7 @@ def cam_labels(args, device):
 
 
 def model_labels(args, device):
+    """--checkpoint -> the same"""
     segmenter, name, side, classes = load_segmenter(args.checkpoint)
     split = Photos(args.images, classes) if args.images else Split(args.data, args.split)
     check_classes(args.checkpoint, classes, split)
