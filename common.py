@@ -303,23 +303,18 @@ class Split:
         parts = [line.partition(":") for line in lines if line and line[0] != "#"]
         self.classes = [name.strip() for name, _, _ in parts]
         self.words = [words.strip() or name.strip() for name, _, words in parts]
-        number = {name: k for k, name in enumerate(self.classes)}
-        if not 0 < len(number) == len(self.classes) < 255 or {"", "background"} & set(number):
+        known = set(self.classes)
+        if not 0 < len(known) == len(self.classes) < 255 or {"", "background"} & known:
             raise InputError(f"{self.root / 'classes.txt'}: {len(self.classes)} classes, "
-                             f"{len(number)} different ones; expected 1 to 254, each once, none "
+                             f"{len(known)} different ones; expected 1 to 254, each once, none "
                              "empty or called background")
         self.paths, self.labels, table = {}, {}, self.root / f"{split}.csv"
-        try:
-            rows = list(csv.reader(self.read(table.name, "a line `PATH,CLASS;CLASS` per photo")))
-        except csv.Error as error:
-            raise InputError(f"{table}: no table ({error}); expected a line `PATH,CLASS;CLASS` per "
-                             "photo; look for a quote that is not closed") from None
-        for row in rows:
+        for row in self.read(table.name, "a line `PATH,CLASS;CLASS` per photo", csv.reader):
             found = [name.strip() for name in ";".join(row[1:]).split(";") if name.strip()]
             path = self.root / "".join(row[:1]).strip()
             if not row or path == self.root:
                 continue
-            if unknown := set(found) - set(number):
+            if unknown := set(found) - known:
                 raise InputError(f"{table}: class {min(unknown)!r} of {row[0]} is not in "
                                  "classes.txt; correct one of the two files")
             if not path.is_file() or path.stem in self.paths:
@@ -327,9 +322,7 @@ class Split:
                 raise InputError(f"{table}: {row[0]}: {problem} in {self.root}; expected one file "
                                  "for each line, with different names")
             self.paths[path.stem] = path
-            self.labels[path.stem] = np.zeros(len(number), bool)
-            for name in found:
-                self.labels[path.stem][number[name]] = True
+            self.labels[path.stem] = np.array([name in found for name in self.classes])
         self.names = list(self.paths)
         if not self.names:
             raise InputError(f"{table}: empty; expected a line `PATH,CLASS;CLASS` per photo")
@@ -338,13 +331,13 @@ class Split:
             [name, self.present(name).tolist(), path.stat().st_size]
             for name, path in self.paths.items()]])
 
-    def read(self, file, expected):
+    def read(self, file, expected, parse=list):
         try:
             text = (self.root / file).read_text(encoding="utf-8-sig")
-            if "\0" in text or max(map(len, text.splitlines()), default=0) > 100_000:
-                raise ValueError("not a text of short lines")
-            return [line.strip() for line in text.splitlines()]
-        except (OSError, ValueError) as error:
+            if "\0" in text:
+                raise ValueError("not a text")
+            return list(parse([line.strip() for line in text.splitlines()]))
+        except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{self.root / file}: not readable ({error}); expected {expected}; "
                              "prepare/ writes it (docs/data.md)") from None
 
