@@ -73,10 +73,12 @@ def test_the_sweep_finds_the_best_of_single_scores(pets, monkeypatch):
     flags, sweep = ["--cams", pets / "cams", "--background-score"], (0.3, 0.5, 0.7)
     single = {t: score(pets, *flags, t)["miou"] for t in sweep}
     worst, *_, best = sorted(sweep, key=single.get)
-    monkeypatch.setattr(eval, "SWEEP", (best, 0.99))
-    oracle = score(pets, *flags, worst, "--oracle-sweep")["oracle"]
-    assert oracle["background_score"] == best and len(set(single.values())) == 3
-    assert oracle["miou"] == pytest.approx(single[best], abs=1e-3)
+    assert len(set(single.values())) == 3
+    for given, swept in ((worst, (best, 0.99)), (best, (worst, 0.99))):
+        monkeypatch.setattr(eval, "SWEEP", swept)
+        oracle = score(pets, *flags, given, "--oracle-sweep")["oracle"]
+        assert oracle["background_score"] == best
+        assert oracle["miou"] == pytest.approx(single[best], abs=1e-3)
 
 
 def test_score_labels_by_hand():
