@@ -230,8 +230,8 @@ def prompts(r, out):
     """4. What the phase has logged"""
     rows = [json.loads(line) for line in r.files["log"].read_text("utf-8").splitlines()]
     curves = {key + what: [row[key] for row in rows]
-              for key, what in (("sim(v_b, u_b)", ", pulled up"), ("sim(v_f, u_b)", ""),
-                                ("sim(u_f, u_b)", ", pushed down a little"))}
+              for key, what in (("sim(v_b, u_b)", ", in L_I"), ("sim(u_f, u_b)", ", in L_T"),
+                                ("sim(v_f, u_b)", ", in neither"))}
     plot(out / "4_prompts.png", {"": curves}, [row["epoch"] for row in rows], "epoch", "cosine")
 
 

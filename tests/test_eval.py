@@ -74,9 +74,9 @@ def test_the_sweep_finds_the_best_of_single_scores(pets, monkeypatch):
     single = {t: score(pets, *flags, t)["miou"] for t in sweep}
     worst, *_, best = sorted(sweep, key=single.get)
     assert len(set(single.values())) == 3
-    for given, swept in ((worst, (best, 0.99)), (best, (worst, 0.99))):
+    for score_given, swept in ((worst, (best, 0.99)), (best, (worst, 0.99))):
         monkeypatch.setattr(eval, "SWEEP", swept)
-        oracle = score(pets, *flags, given, "--oracle-sweep")["oracle"]
+        oracle = score(pets, *flags, score_given, "--oracle-sweep")["oracle"]
         assert oracle["background_score"] == best
         assert oracle["miou"] == pytest.approx(single[best], abs=1e-3)
 
