@@ -5,7 +5,7 @@ continues where it stopped.
 Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
 each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
 
-  python experiments/demo.py --out runs/toy                        # about ten minutes
+  python experiments/demo.py --out runs/toy                        # 10 to 15 minutes
   python experiments/demo.py --out runs/cnn --generator resnet
   python experiments/demo.py --out runs/voc --voc data/VOCdevkit/VOC2012    # VOC 2012, on a GPU
   python experiments/demo.py --out runs/voc --voc ... --official checkpoint_best_mIoU.pth
