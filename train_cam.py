@@ -382,6 +382,8 @@ def replaced(args, phase, split):
     and, with --phase all, what the later phases made"""
     later = list(PHASES)[list(PHASES).index(phase) + 1:] if args.phase == "all" else []
     files = [args.out / f"{name}{end}" for name in later for end in (".pt", ".part")]
+    for file in files:
+        kept(file, {}, resume=False)  # InputError for a file that no run of ours made
     if later and (args.cams / "made_of.json").is_file():
         files += [args.cams / f"{name}.npy" for name in split.names] + [args.cams / "made_of.json"]
     return [] if args.resume else [args.out / f"{phase}.pt", *files]

@@ -47,7 +47,7 @@ TITLES = {"classify": "Classification: learns which classes a photo shows; looks
 
 def step(title, path, *flags, unless=False):
     """Say what comes and run one of our command lines, unless it is done. They run in this process:
-    importing torch anew would take seconds."""
+    importing torch again would take seconds."""
     print(f"\n# {title}", flush=True)
     if unless:
         return print("is there already")

@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--masks", action=argparse.BooleanOptionalAction, default=True,
         help="draw masks/NAME.png with pycocotools: eval.py needs them, training does not")
     add("--resume", action="store_true", help="keep the masks that a killed run of the same "
-        "annotations has drawn; without it all are drawn anew")
+        "annotations has drawn; without it all are drawn again")
     return parser.parse_args(argv)
 
 

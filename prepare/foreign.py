@@ -205,7 +205,7 @@ def parse_args(argv=None):
     source.add_argument("--segments", metavar="SAM", help="folder of NAME.json or NAME.npz")
     add("--out", required=True, metavar="DIR", help="another folder, where the results go")
     add("--resume", action="store_true", help="keep the finished files of a killed run of the same "
-        "inputs; without it all are made anew")
+        "inputs; without it all are made again")
     return parser.parse_args(argv)
 
 

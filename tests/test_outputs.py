@@ -50,9 +50,9 @@ def mine(toy, ours):
     foreign_cams(ours, "theirs")
     for name in ("train_00000", "train_00001"):
         write_labels(ours / f"pictures/{name}.png", np.ones((64, 64), np.uint8))
-    (ours / "weights").mkdir()
-    for file in ("vit.pth", "classify.pt", "seg.pt"):
-        torch.save({"not": "ours"}, ours / "weights" / file)
+    for file in ("weights/vit.pth", "weights/classify.pt", "weights/seg.pt", "later/refine.pt"):
+        (ours / file).parent.mkdir(exist_ok=True)
+        torch.save({"not": "ours"}, ours / file)
     coco_root(ours / "coco", [(0, 1, 0, SQUARE)])
     write_labels(ours / "coco/masks/mine.png", np.ones((4, 5), np.uint8))
     voc_root(ours / "voc", {"a": ["cat"]}, train=["a"])
@@ -85,6 +85,7 @@ WRONG_TURNS = {  # whatever is there stays, byte by byte; of two --out the later
     "VOC's masks through a link": "voc --voc {m}/voc",
     "the toy world over weights": "toy --out {m}/weights --train 1 --val 1",
     "a generator over a file of that name": STAGES["cam"] + " --phase classify --out {m}/weights",
+    "all phases over the file of a later one": STAGES["cam"] + " --out {m}/later",
     "a segmentation over a file of that name": STAGES["seg"] + " --out {m}/weights"}
 
 
