@@ -1,5 +1,6 @@
-"""Helpers shared by the scripts; nothing here is part of the method: one line for a user's mistake,
-processes, files that are whole or absent, the data layout, the training loop and its log.
+"""What the stages share and what says nothing about the method: one line for a user's mistake,
+processes, files that are whole or absent, what may be written where, the data layout, and the loop
+of both trainings, without their losses.
 
 The data layout (docs/data.md): ROOT/classes.txt, ROOT/SPLIT.csv with a line `PATH,CLASS;CLASS`
 per photo, ROOT/masks/NAME.png.
@@ -15,9 +16,8 @@ import math
 import os
 import sys
 import time
-import warnings
 from contextlib import contextmanager
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class InputError(Exception):
 
 def run(main, args):
     """main(args). InputError, and files that cannot be written, become one line and exit code 2."""
+    Image.MAX_IMAGE_PIXELS = None  # open_image limits the size: Pillow's warning is not for threads
     try:
         main(args)
     except (InputError, OSError) as error:
@@ -56,7 +57,6 @@ def start_processes(device):
     """Join torchrun's process group, if there is one. auto, cpu or cuda -> torch.device"""
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device; use --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
@@ -65,6 +65,7 @@ def start_processes(device):
             raise InputError(f"RANK is set and {min(missing)} is not; start by torchrun, which "
                              "sets both, or unset RANK")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
+    allow_tf32(False)
     return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 
@@ -86,6 +87,21 @@ def sum_over_processes(x):
     return x
 
 
+def in_first_process(function):
+    """function() of the first process -> its value, in all. What looks at files, or writes those
+    that others look for, runs there alone: a late process would see what the first one made."""
+    value = [function() if RANK == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def allow_tf32(allowed):
+    """Whether a GPU may round the factors of float32 products to 10 bits"""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def mixed_precision(device, precision):
     """Matrix products in bfloat16 or float16; weights and losses are float32 -> torch.autocast and
     GradScaler. auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has none."""
@@ -93,6 +109,7 @@ def mixed_precision(device, precision):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if fast else "float16"
     dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
+    allow_tf32(dtype != torch.float32)
     return (torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
@@ -132,52 +149,93 @@ def folder_digest(folder, files, remedy):
     if missing := [path for path in paths if not path.is_file()]:
         raise InputError(f"{missing[0]}: no such file, 1 of {len(missing)}; expected one for each "
                          f"photo, {len(files)} in all; {remedy}")
-    note = Path(folder, "made_of.json")
-    return digest([[[path.name, path.stat().st_size] for path in paths],
-                   note.read_text() if note.is_file() else ""])
+    return digest([[[path.name, path.stat().st_size] for path in paths], read_record(folder)])
 
 
-# What a file was made of is its record, a dict of plain values: hyper-parameters, and digests of
-# the inputs. A checkpoint holds it as "record", a folder of PNG or .npy files in made_of.json.
+# ---- Records: what may be written where ----------------------------------------------------------
+# What a file was made of is its record, a dict of plain values: the script, hyper-parameters,
+# digests of the inputs. A checkpoint holds it as "record", a folder of results in made_of.json.
+# Nothing is deleted, and nothing is replaced but a training's own checkpoint and log.
 
-def check_record(path, before, now):
-    """--resume keeps what was made of the same inputs; else raises InputError."""
-    for key in before | now:
+def difference(before, now):
+    """Two records -> the first key in which they differ, in words, or ''"""
+    for key in now | before:
         if (old := json.dumps(before.get(key))) != (new := json.dumps(now.get(key))):
-            phase = f"--phase {now['phase']}" if "phase" in now else "this command"
-            raise InputError(f"{path}: made with {key} {old:.20}, now it is {new:.20}; {phase} "
-                             "without --resume makes it again, then run what follows; to keep it, "
-                             "run the later phases alone, by name; or pass another --out")
+            return f"made with {key} {old:.30}, now it is {new:.30}"
+    return ""
 
 
-def kept(path, record, resume):
-    """The checkpoint at path if --resume keeps it, else None. One without a record is not ours to
-    replace: InputError."""
-    if path.is_file():
-        state = read_checkpoint(path, "record", "pass another --out")
-        if resume:
-            check_record(path, state["record"], record)
-            return state
-
-
-def claim(folder, files, record, resume=False, reads=()):
-    """Make a folder ready for these output files. It is ours if it holds made_of.json: old ones
-    then go, or stay with --resume and the same record. InputError before anything changes."""
+def read_record(folder):
+    """The record of a folder of results -> dict, or None where made_of.json is not there"""
     note = Path(folder, "made_of.json")
-    for place, ending in {(Path(folder, file).parent, Path(file).suffix) for file in files}:
+    try:
+        record = json.loads(note.read_text()) if note.exists() else None
+        if not isinstance(record, dict | None):
+            raise ValueError("not a record")
+        return record
+    except (OSError, ValueError) as error:
+        raise InputError(f"{note}: not readable ({error}); expected the record of the files beside "
+                         "it; pass another folder") from None
+
+
+def check_folder(folder, files, record, resume=None, reads=()):
+    """Raises InputError if a run must not write these files: some are there already, and it is not
+    --resume with the record of the same inputs; or the run reads from there. record None: nothing
+    may be there; resume None: the script has no --resume."""
+    folder = Path(folder)
+    for place in {(folder / file).parent for file in files}:
         if place.exists() and any(os.path.exists(x) and place.samefile(x) for x in reads):
             raise InputError(f"{place}: this run reads from there; pass another folder to write to")
-        others = [path for path in place.glob("[!.]*") if path.suffix.lower() == ending]
-        if others and not note.is_file():
-            raise InputError(f"{others[0]}: no run of ours made it (no made_of.json there); pass "
-                             "another folder")
-    if resume and note.is_file():
-        return check_record(note, json.loads(note.read_text()), record)
-    for file in files:
-        Path(folder, file).unlink(missing_ok=True)
-    with writing(note) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    before = read_record(folder)
+    there = [path for file in files if (path := folder / file).exists()]
+    if before is None and there:
+        raise InputError(f"{there[0]}: is there already, and no made_of.json says that a run of "
+                         "ours made it; pass another folder")
+    same = record is not None and not difference(before or {}, record)
+    if before is None or resume and same:
+        return
+    what = "of the same inputs" if same else "" if record is None else difference(before, record)
+    ways = ["add --resume to go on"] if same and resume is not None else []
+    ways.append("pass another folder")
+    if {path.name for path in folder.glob("[!.]*")} <= {*files, "made_of.json"}:
+        ways.append("remove this one, which holds nothing else")
+    raise InputError(f"{folder}: holds an earlier run {what}; {', or '.join(ways)}")
 
+
+def claim(folder, files, record, resume=None, reads=()):
+    """Begin a folder of results, or go on with it, as check_folder allows."""
+    def look_and_write():
+        check_folder(folder, files, record, resume, reads)
+        with writing(Path(folder, "made_of.json")) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+    in_first_process(look_and_write)
+
+
+def earlier_run(path, record, resume, ends=(".jsonl",)):
+    """What --resume keeps of PATH.part and PATH.pt -> "begun", "finished", or None: the training
+    begins. Raises InputError for files that it must not replace; ends: those of its texts."""
+    others, command = [], f"--phase {record['phase']}" if "phase" in record else "this command"
+    for end, found in ((".part", "begun"), (".pt", "finished")):
+        if (file := path.with_suffix(end)).is_file():
+            before = read_checkpoint(file, "record", "pass another --out")["record"]
+            if resume and not difference(before, record):
+                return found
+            others.append(f"{file}: {difference(before, record)}")
+    if resume and others:
+        raise InputError(f"{others[-1]}; {command} without --resume makes it again, then run what "
+                         "follows; or pass another --out")
+    texts = [file for end in ends if (file := path.with_suffix(end)).exists() and not others]
+    if texts := [*texts, *snapshots(path)]:
+        raise InputError(f"{texts[0]}: of another run; pass another --out")
+    return None
+
+
+def snapshots(path):
+    """PATH-STEP.pt of a training, as --snapshots writes them"""
+    return sorted(path.parent.glob(f"{path.name}-[0-9]*.pt"))
+
+
+# ---- Weights -------------------------------------------------------------------------------------
 
 def fetch_weights(url, sha256):
     """The file at url, whose SHA-256 begins with these digits, downloaded once -> Path"""
@@ -232,25 +290,37 @@ def check_classes(path, found, split):
 
 PALETTE = [sum(((i >> (3 * j + c)) & 1) << (7 - j) for j in range(8))
            for i in range(256) for c in range(3)]  # VOC's colours
-TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))  # EXIF orientation
+MOST_PIXELS = 2**30 // 12  # 89 million; Pillow warns of more
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises
+Turn = Image.Transpose
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # by EXIF orientation
 
 
 def open_image(path):
-    """Image.open. More than 89 million pixels, of which Pillow warns, are an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+    """Image.open; more than 89 million pixels are a ValueError"""
+    image = Image.open(path)
+    if math.prod(image.size) > MOST_PIXELS:
+        raise ValueError(f"{image.size} pixels, more than {MOST_PIXELS:,}")
+    return image
 
 
-def read_image(path, upright=True):
-    """A file -> PIL image, RGB. upright: turned as its EXIF orientation says"""
+def read_image(path, upright=True, header=False):
+    """A file -> PIL image, RGB; header: its size (H, W) alone, of which no pixel is decoded.
+    upright: turned as its EXIF orientation says"""
     try:
         with open_image(path) as image:
+            if image.format == "TIFF":
+                image.load()  # Pillow turns a TIFF while it loads it
+            orientation = image.getexif().get(0x0112) if upright else None
+            if header:
+                return image.size[::1 if orientation in (5, 6, 7, 8) else -1]
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-            turn = TURNS.get(image.getexif().get(0x0112)) if upright else None
-            return (image if turn is None else image.transpose(turn)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+            if orientation in TURNS:
+                image = image.transpose(TURNS[orientation])
+            return image.convert("RGB")
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable image ({error}); expected a JPEG, a PNG or "
                          "another image file; replace it") from None
 
@@ -279,7 +349,7 @@ def read_labels(path, size, num_labels):
         if (largest := labels[labels < 255].max(initial=0)) >= num_labels:
             raise ValueError(f"label {largest}: of another class list, or COCO's 91 category ids?")
         return labels
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: no readable label picture ({error}); expected a palette or grey "
                          f"PNG of the photo's size with 0 to {num_labels - 1} or 255 (ignore)"
                          ) from None
@@ -303,10 +373,10 @@ class Split:
         parts = [line.partition(":") for line in lines if line and line[0] != "#"]
         self.classes = [name.strip() for name, _, _ in parts]
         self.words = [words.strip() or name.strip() for name, _, words in parts]
-        known = set(self.classes)
-        if not 0 < len(known) == len(self.classes) < 255 or {"", "background"} & known:
+        number = {name: k for k, name in enumerate(self.classes)}
+        if not 0 < len(number) == len(self.classes) < 255 or {"", "background"} & set(number):
             raise InputError(f"{self.root / 'classes.txt'}: {len(self.classes)} classes, "
-                             f"{len(known)} different ones; expected 1 to 254, each once, none "
+                             f"{len(number)} different ones; expected 1 to 254, each once, none "
                              "empty or called background")
         self.paths, self.labels, table = {}, {}, self.root / f"{split}.csv"
         for row in self.read(table.name, "a line `PATH,CLASS;CLASS` per photo", csv.reader):
@@ -314,20 +384,28 @@ class Split:
             path = self.root / "".join(row[:1]).strip()
             if not row or path == self.root:
                 continue
-            if unknown := set(found) - known:
+            if unknown := set(found) - set(number):
                 raise InputError(f"{table}: class {min(unknown)!r} of {row[0]} is not in "
                                  "classes.txt; correct one of the two files")
-            if not path.is_file() or path.stem in self.paths:
-                problem = "a second photo of this name" if path.is_file() else "no such photo"
+            name = path.stem
+            if name in self.paths or not os.path.isfile(path):
+                problem = "a second photo of this name" if name in self.paths else "no such photo"
                 raise InputError(f"{table}: {row[0]}: {problem} in {self.root}; expected one file "
                                  "for each line, with different names")
-            self.paths[path.stem] = path
-            self.labels[path.stem] = np.array([name in found for name in self.classes])
+            self.paths[name] = path
+            self.labels[name] = np.zeros(len(self.classes), bool)
+            self.labels[name][[number[x] for x in found]] = True
         self.names = list(self.paths)
         if not self.names:
             raise InputError(f"{table}: empty; expected a line `PATH,CLASS;CLASS` per photo")
-        self.folders = {self.root / "masks", *(path.parent for path in self.paths.values())}
-        self.digest = digest([self.classes, self.upright, [
+
+    @cached_property
+    def folders(self):
+        return {self.root / "masks", *(path.parent for path in self.paths.values())}
+
+    @cached_property
+    def digest(self):
+        return digest([self.classes, self.upright, [
             [name, self.present(name).tolist(), path.stat().st_size]
             for name, path in self.paths.items()]])
 
@@ -342,74 +420,149 @@ class Split:
                              "prepare/ writes it (docs/data.md)") from None
 
     def image(self, name):
+        """PIL, RGB"""
         return read_image(self.paths[name], self.upright)
 
-    def photo(self, name):
+    def __getitem__(self, name):
         return name, self.image(name)
+
+    def size(self, name):
+        """(H, W) of a photo, from its header"""
+        return read_image(self.paths[name], self.upright, header=True)
 
     def present(self, name):
         """The classes that a photo shows, (n,)"""
         return np.flatnonzero(self.labels[name])
 
 
-def load_photos(split, names, title, device):
-    """(name, PIL photo) of this process's part of the names, with a progress bar in a terminal. For
-    a GPU other processes read them while it computes."""
-    workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
-    return tqdm(DataLoader(names[RANK::WORLD], batch_size=None, collate_fn=split.photo,
-                           num_workers=workers), title, disable=QUIET)
+def load_photos(split, names, title, workers):
+    """(name, PIL photo) of these names, with a progress bar in a terminal, read by so many
+    processes while this one computes"""
+    return tqdm(DataLoader(split, batch_size=None, sampler=names, num_workers=workers), title,
+                disable=QUIET)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 
-def train(path, model, step_loss, photos, recipe, rate, optimizer, args, device, result,
-          replaced=(), snapshots=0, **frozen):
-    """Minimise step_loss(model, image, labels, recipe, **frozen)["loss"] and write PATH.pt with
-    what result() returns. photos: a Dataset; rate(step, recipe): the learning rate of a step from
-    0 on; replaced: files of an earlier run that go when this one has begun; snapshots: how many
-    PATH-STEP.pt to write on the way."""
-    if recipe["batch"] < WORLD or args.workers < 0:
-        raise InputError(f"batch {recipe['batch']}, --workers {args.workers}; expected an image "
-                         f"for each of the {WORLD} processes, and 0 or more workers")
-    groups = [{"params": [], "lr_scale": recipe.get("backbone_lr", 1)},
-              {"params": [], "lr_scale": 1}]  # backbone, the rest
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
-    optimizer = optimizer(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
-    autocast, scaler = mixed_precision(device, args.precision)
-    journal = Journal(path, recipe, args.resume,
-                      {"model": model, "optimizer": optimizer, "scaler": scaler})
-    for file in replaced if RANK == 0 else ():  # not before: inputs were good, the disk had room
-        file.unlink(missing_ok=True)
-    every, steps = journal.every, recipe["steps"]
-    at = {min(steps, every * round(steps * i / snapshots / every)) for i in range(1, snapshots + 1)}
-    batches = load_batches(photos, recipe, journal.step, device, args.workers)
-    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-    ddp_model.train()
-    for step, (image, labels) in enumerate(batches, journal.step + 1):
-        torch.manual_seed(mixed_seed(recipe["seed"], step, RANK))  # for dropout and drop path
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * rate(step - 1, recipe)
-        with autocast:
-            losses, n = step_loss(ddp_model, image.to(device, non_blocking=True), labels, recipe,
-                                  **frozen)
-        optimizer.zero_grad()
-        scaler.scale(losses["loss"] * share_of_all(n, device)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if step in at and RANK == 0:  # before the journal: a run resumed after it would skip this
-            save(path.with_name(f"{path.name}-{step}.pt"), result() | {"record": recipe})
-        journal.write(step, len(photos), losses, n)
-    if RANK == 0:
-        save(path.with_suffix(".pt"), result() | {"record": recipe})
-        path.with_suffix(".part").unlink()
-    wait_for_all()
+class Training:
+    """The loop of a training, without what it learns:
+
+        for image, labels in loop.batches():
+            with loop.autocast:
+                loss = ...
+            loop.step({"loss": loss}, n)
+        loop.finish()
+
+    It writes about 60 times, and at least every 500 steps, PATH.part, from which --resume continues
+    exactly, and the log, PATH.jsonl; at the end PATH.pt.
+
+    path: OUT/NAME, without ending; photos: a Dataset; recipe: hyper-parameters; record: what the
+    checkpoint is made of; optimizer(parameter groups, lr, weight_decay); rate(step, recipe): the
+    learning rate of a step from 0 on; state(): what PATH.pt holds; snapshots: how many PATH-STEP.pt
+    to write on the way"""
+
+    def __init__(self, path, model, photos, recipe, record, args, device, optimizer, rate, state,
+                 snapshots=0):
+        if recipe["batch"] < WORLD or args.workers < 0:
+            raise InputError(f"batch {recipe['batch']}, --workers {args.workers}; expected an "
+                             f"image for each of {WORLD} processes, and 0 or more workers")
+        self.path, self.recipe, self.record, self.args = path, recipe, record, args
+        self.photos, self.device, self.rate, self.state = photos, device, rate, state
+        groups = [{"params": [], "lr_scale": recipe.get("backbone_lr", 1)},
+                  {"params": [], "lr_scale": 1}]  # backbone, the rest
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups[0 if name.startswith("backbone.") else 1]["params"].append(p)
+        self.optimizer = optimizer(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
+        self.autocast, self.scaler = mixed_precision(device, args.precision)
+        self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.done, self.rows, self.sums = 0, [], 0  # steps, of the log, since its last row
+        if in_first_process(lambda: earlier_run(path, record, args.resume)) == "begun":
+            begun = read_checkpoint(path.with_suffix(".part"), "model", "pass another --out")
+            for name, part in self.parts.items():
+                if begun[name]:  # a GradScaler's is empty if the precision needed none
+                    part.load_state_dict(begun[name])
+            self.done, self.rows = begun["step"], begun["rows"]
+        steps = recipe["steps"]
+        self.every = max(1, min(steps // 60, 500))  # steps from one save to the next
+        self.snapshot_steps = {min(steps, self.every * round(steps * i / snapshots / self.every))
+                          for i in range(1, snapshots + 1)}
+        self.save_part()
+        self.model = DistributedDataParallel(model) if WORLD > 1 else model
+        self.start, self.began = self.done, time.time()
+        self.bar = tqdm(total=steps, initial=self.done, desc=path.name, disable=QUIET)
+
+    def batches(self):
+        """image (B, 3, H, W) on the device, labels on the CPU, of the steps that are left"""
+        self.model.train()
+        order = places(len(self.photos), self.recipe, self.args.seed, self.done)
+        for image, labels in DataLoader(self.photos, batch_sampler=order,
+                                        num_workers=self.args.workers,
+                                        pin_memory=self.device.type == "cuda"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * self.rate(self.done, self.recipe)
+            self.done += 1
+            torch.manual_seed(mixed_seed(self.args.seed, self.done, RANK))  # dropout, drop path
+            yield image.to(self.device, non_blocking=True), labels
+
+    def step(self, losses, n):
+        """One step down losses["loss"]. losses {name: mean over n things}, all of them logged"""
+        self.optimizer.zero_grad()
+        self.scaler.scale(losses["loss"] * share_of_all(n, self.device)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        n = torch.full((), n, dtype=torch.float64, device=self.device)
+        self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in losses.values())])
+        self.bar.update()
+        if self.done in self.snapshot_steps:  # before the .part, after which a resumed run begins
+            self.save(f"{self.path.name}-{self.done}.pt", self.state())
+        if self.done % self.every == 0 or self.done == self.recipe["steps"]:
+            self.log(losses)
+
+    def finish(self, state=None):
+        """Write PATH.pt, which takes the place of an earlier one. It holds `state`, or state()."""
+        self.save(f"{self.path.name}.pt", state or self.state())
+        if RANK == 0:
+            self.path.with_suffix(".part").unlink()
+        wait_for_all()
+
+    def save(self, name, state):
+        if RANK == 0:
+            save(self.path.with_name(name), state | {"record": self.record})
+
+    def save_part(self):
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        self.save(f"{self.path.name}.part", state | {"step": self.done, "rows": self.rows})
+        if RANK == 0:
+            with writing(self.path.with_suffix(".jsonl")) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def log(self, losses):
+        """A row of the log: the means since the last one. Then save."""
+        n, *sums = sum_over_processes(self.sums).tolist()
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not (math.isfinite(sums[0]) and all(p.isfinite().all() for p in weights)):
+            first = self.rows[-1]["step"] + 1 if self.rows else 1
+            raise InputError(f"{self.path}: a loss or weight is not finite in steps {first} to "
+                             f"{self.done}; begin again with a lower lr")
+        batch, took = self.recipe["batch"], (time.time() - self.began) / (self.done - self.start)
+        self.rows.append({
+            "phase": self.path.name, "step": self.done,
+            "epoch": round(self.done * batch / len(self.photos), 2),
+            **{key: round(x / max(1, n), 5) for key, x in zip(losses, sums)},
+            "lr": self.optimizer.param_groups[-1]["lr"], "images_per_s": round(batch / took, 1),
+            "eta_s": round(took * (self.recipe["steps"] - self.done)),
+            "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)})  # 0 on a CPU
+        self.sums = 0
+        self.save_part()
+        if RANK == 0:
+            tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
+                                  f"{key} {value}" for key, value in self.rows[-1].items()))
 
 
 def share_of_all(n, device):
-    """n over its mean of all processes: scales the loss so that DDP's average equals the mean over
-    all pairs. It stays on the device: nothing waits for it."""
+    """This process's n, divided by the mean n of all processes: DDP takes the mean of gradients,
+    and scaled so it is that of the mean over all pairs. Nothing waits for the device."""
     if WORLD == 1:
         return 1
     total = sum_over_processes(torch.full((), float(n), device=device))
@@ -427,74 +580,14 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 
-def places(n, recipe, start):
+def places(n, recipe, seed, start=0):
     """The (epoch, i) of this process's images, step by step: shuffled passes over n photos, one
-    after the other, are cut into batches, of which a process takes its part."""
+    after the other, are cut into batches, of which a process takes its part. An item depends on
+    seed, epoch and i alone: resuming and more processes or workers change no image."""
+    batch = recipe["batch"]
     for step in range(start, recipe["steps"]):
-        part = range(step * recipe["batch"] + RANK, (step + 1) * recipe["batch"], WORLD)
-        yield [(place // n, shuffled(n, recipe["seed"], place // n)[place % n]) for place in part]
-
-
-def load_batches(dataset, recipe, start, device, workers):
-    """DataLoader of the steps after `start`. A batch depends on seed and step alone, an item on
-    seed, epoch and i: resuming and more processes or workers change no image."""
-    return DataLoader(dataset, batch_sampler=places(len(dataset), recipe, start),
-                      num_workers=workers, pin_memory=device.type == "cuda")
-
-
-class Journal:
-    """What a run writes about 60 times, and at least every 500 steps: PATH.part, from which
-    --resume continues exactly, and PATH.jsonl, its log. parts: what has a state_dict; step: the
-    last one done."""
-
-    def __init__(self, path, record, resume, parts):
-        self.path, self.record, self.parts = path, record, parts
-        self.every = max(1, min(record["steps"] // 60, 500))  # steps from one save to the next
-        self.step, self.rows, self.sums = 0, [], 0
-        if state := kept(path.with_suffix(".part"), record, resume):
-            for name, part in parts.items():
-                if state[name]:  # a GradScaler's is empty if the precision needed none
-                    part.load_state_dict(state[name])
-            self.step, self.rows = state["step"], state["rows"]
-        self.save()
-        self.start, self.began = self.step, time.time()
-        self.bar = tqdm(total=record["steps"], initial=self.step, desc=path.name, disable=QUIET)
-
-    def save(self):
-        if RANK == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            save(self.path.with_suffix(".part"),
-                 state | {"step": self.step, "rows": self.rows, "record": self.record})
-            with writing(self.path.with_suffix(".jsonl")) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def write(self, step, photos, values, n):
-        """Add {name: mean over n} of a step to the sums; now and then, log and save. photos: how
-        many an epoch has"""
-        self.step, device, steps = step, values["loss"].device, self.record["steps"]
-        n = torch.full((), n, dtype=torch.float64, device=device)
-        self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in values.values())])
-        self.bar.update()
-        if step % self.every and step < steps:
-            return
-        n, *sums = sum_over_processes(self.sums).tolist()
-        weights = [p for p in self.parts["model"].parameters() if p.requires_grad]
-        if not (math.isfinite(sums[0]) and all(p.isfinite().all() for p in weights)):
-            first = self.rows[-1]["step"] + 1 if self.rows else 1
-            raise InputError(f"{self.path}: a loss or weight is not finite in steps {first} to "
-                             f"{step}; begin again with a lower lr")
-        batch, took = self.record["batch"], (time.time() - self.began) / (step - self.start)
-        self.rows.append({
-            "phase": self.path.name, "step": step, "epoch": round(step * batch / photos, 2),
-            **{key: round(x / max(1, n), 5) for key, x in zip(values, sums)},
-            "lr": self.parts["optimizer"].param_groups[-1]["lr"],
-            "images_per_s": round(batch / took, 1), "eta_s": round(took * (steps - step)),
-            "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)})  # 0 on a CPU
-        self.sums = 0
-        self.save()
-        if RANK == 0:
-            tqdm.write(" | ".join(f"{key} {value:.3g}" if isinstance(value, float) else
-                                  f"{key} {value}" for key, value in self.rows[-1].items()))
+        part = range(step * batch + RANK, (step + 1) * batch, WORLD)
+        yield [(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]
 
 
 def read_changes(args, recipe, choices):

@@ -32,6 +32,7 @@ of other programs become ours with prepare/foreign.py.
 """
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import (
-    RANK, InputError, Split, claim, end_processes, folder_digest, load_photos, open_image, run,
-    start_processes, wait_for_all, write_labels)
+    RANK, UNREADABLE, WORLD, InputError, Split, claim, end_processes, folder_digest, load_photos,
+    open_image, read_record, run, start_processes, write_labels)
 
 # n classes that a photo shows, H W pixels, C labels of a CRF, V = H*W, M lattice points,
 # d features of a pixel (2: x y, or 5: x y r g b)
@@ -51,8 +52,8 @@ PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weig
     # of CLIP-ES the kernels alone: its unary is another (1 - max CAM)
     "voc": dict(unary="hard", gaussian=(4, 3), bilateral=(83, 5, 3)),  # WeakTr's, VOC
     "irn": dict(unary="hard", gaussian=(3, 3), bilateral=(50, 5, 10)),  # IRNet's, and COCO
-    "prob": dict(unary="prob", gaussian=(1, 3), bilateral=(67, 3, 4)),  # CLIP-ES's; COCO, test
-    "voc-test": dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3)),  # WeakTr, VOC, test
+    "clip-es": dict(unary="prob", gaussian=(1, 3), bilateral=(67, 3, 4)),  # and COCO's test
+    "weaktr-test": dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3)),  # VOC's test
     "none": None,
 }
 BACKGROUND_SCORE = 0.43  # WeakTr's for VOC, found there with masks of the training images
@@ -314,6 +315,23 @@ def check_score(score):
         raise InputError(f"--background-score {score}: expected a number in (0, 1)")
 
 
+def check_cams(folder, split):
+    """Raises InputError where the record of CAMs names other classes, or other ones of a photo."""
+    record = read_record(folder)
+    if record is None:
+        if RANK == 0:
+            print(f"{folder}: no made_of.json, so these CAMs are taken as they are: a map for each "
+                  "class of a photo, in the order of classes.txt")
+        return
+    if record.get("classes") != split.classes:
+        raise InputError(f"{folder}: CAMs of the classes {record.get('classes')}; the data has "
+                         f"{split.classes}; pass CAMs of this data")
+    for name in split.names:
+        if record["shown"].get(name) != split.present(name).tolist():
+            raise InputError(f"{folder}: made for other labels of {name}; expected CAMs of what "
+                             f"{split.split}.csv says now; export them again, to another folder")
+
+
 def read_cams(folder, name, present, size):
     """folder/NAME.npy (n, any h, any w) in [0, 1], a map for each class in present (n,) -> float32
     (n, H, W), size = (H, W) of the photo"""
@@ -340,7 +358,7 @@ def read_segments(folder, name, size):
         segments = np.array(open_image(path)).astype(np.int64)
         if segments.shape != size or not 0 <= segments.min() <= segments.max() < 2**16:
             raise ValueError(f"{segments.shape} pixels (height, width), its photo {size}")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: no readable segments ({error}); expected a label picture of the "
                          "photo's size; prepare/foreign.py --segments makes it of SAM's files"
                          ) from None
@@ -355,15 +373,16 @@ def parse_args(argv=None):
     add("--split", default="train", help="ROOT/SPLIT.csv: the photos")
     add("--cams", required=True, metavar="DIR", help="NAME.npy of train_cam.py or foreign.py")
     add("--out", required=True, metavar="DIR", help="where NAME.png go")
-    add("--resume", action="store_true", help="keep the finished ones of a killed run of the same "
-        "inputs; without it all are made again")
+    add("--resume", action="store_true", help="go on with a run of the same inputs, whose finished "
+        "files are kept")
     add("--background-score", type=float, default=BACKGROUND_SCORE, metavar="T",
         help="in (0, 1), higher gives smaller masks; 0.43 (VOC) and 0.42 (COCO) are WeakTr's, "
         "found there with train masks; on other data a guess")
     add("--segments", metavar="DIR", help="class-agnostic segments, each of which takes one "
         "label: NAME.png, of prepare/foreign.py --segments")
     add("--crf", choices=list(PRESETS), default="voc", help="dense CRF: voc (WeakTr), irn (IRNet, "
-        "COCO), prob (CLIP-ES's kernels), voc-test (segmentations), or none")
+        "COCO), clip-es (its kernels), weaktr-test (of segmentations), or none")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args(argv)
 
@@ -373,23 +392,21 @@ def main(args):
     check_score(args.background_score)
     split = Split(args.data, args.split)
     shown = [name for name in split.names if split.labels[name].any()]
-    record = {"background_score": args.background_score, "crf": args.crf, "photos": split.digest,
+    check_cams(args.cams, split)
+    record = {"script": "make_pseudo.py", "background_score": args.background_score,
+              "crf": args.crf, "photos": split.digest,
               "cams": folder_digest(args.cams, [f"{name}.npy" for name in shown], "export them, or "
                                     "convert another program's with prepare/foreign.py")}
     if args.segments:
         record["segments"] = folder_digest(args.segments, [f"{n}.png" for n in split.names],
                                            "convert SAM's with prepare/foreign.py")
-    for name in shown[:1]:  # CAMs of another kind show before finished masks are removed
-        read_cams(args.cams, name, split.present(name), (8, 8))
+    claim(args.out, [f"{name}.png" for name in split.names], record, args.resume,
+          [*split.folders, *filter(None, (args.cams, args.segments))])
     if RANK == 0:
-        claim(args.out, [f"{name}.png" for name in split.names], record, args.resume,
-              [*split.folders, *filter(None, (args.cams, args.segments))])
         print(f"background score {args.background_score}, CRF {args.crf}, {len(split.names)} "
               f"images of {args.split}")
-    wait_for_all()
-    left = [name for name in split.names if not Path(args.out, f"{name}.png").is_file()]
-    wait_for_all()
-    for name, photo in load_photos(split, left, "pseudo masks", device):
+    left = [name for name in split.names[RANK::WORLD] if not Path(args.out, f"{name}.png").exists()]
+    for name, photo in load_photos(split, left, "pseudo masks", args.workers):
         photo, present = np.array(photo), split.present(name)
         cams = read_cams(args.cams, name, present, photo.shape[:2])              # (n, H, W)
         if args.segments:

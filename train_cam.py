@@ -30,7 +30,7 @@ log); prompts also OUT/prompts.txt; export OUT/cams/NAME.npy and made_of.json (t
 import argparse
 import math
 import os
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip, nearest_words, read_nouns
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, InputError, Split, check_classes, claim, digest,
-    end_processes, kept, load_photos, mixed_seed, read_changes, read_checkpoint, run,
-    start_processes, train, wait_for_all, writing)
+    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Split, Training, allow_tf32,
+    check_classes, check_folder, claim, digest, earlier_run, end_processes, in_first_process,
+    load_photos, mixed_seed, read_changes, read_checkpoint, run, snapshots, start_processes,
+    writing)
 from mask_generator import (
     CNNGenerator, MaskGenerator, generator_state, load_generator, load_resnet, load_vit, photo_cams,
     weight_file)
@@ -154,21 +155,14 @@ def region_masks(cam, size, eps):
     return (m - low) / (high - low + eps)
 
 
-@cache
-def normalisations(device):
-    """ImageNet's mean and deviation, CLIP's mean and deviation, (3, 1, 1) each"""
-    return [torch.tensor(v, device=device).view(3, 1, 1)
-            for v in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)]
-
-
 def clip_view(clip, image):
     """ImageNet-normalised (B, 3, H, W) -> X (B, 3, R, R) in CLIP's normalisation and size.
     There 0 is CLIP's mean colour, into which M X fades where M is 0."""
     if image.shape[2:] != (clip.resolution, clip.resolution):
         image = F.interpolate(image, size=(clip.resolution, clip.resolution), mode="bicubic",
                               antialias=True)
-    mean, std, clip_mean, clip_std = normalisations(image.device)
-    return (image * std + mean - clip_mean) / clip_std
+    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return v2.functional.normalize(image * std + mean, CLIP_MEAN, CLIP_STD)
 
 
 def embed_masked(clip, X, M):
@@ -189,108 +183,102 @@ def embed_regions(clip, image, cam, labels, eps):
 class Prompts(nn.Module):
     """u_k^b = E_T(p_k): P learned vectors per class (paper, section 3.3)"""
 
-    def __init__(self, num_classes, length, width):
+    def __init__(self, clip, num_classes, length):
         super().__init__()
-        self.vectors = nn.Parameter(torch.rand(num_classes, length, width))      # U[0, 1)
+        self.encode = clip.encode_prompts                                        # E_T, frozen
+        self.vectors = nn.Parameter(torch.rand(num_classes, length, clip.text_width))  # U[0, 1)
 
-    def forward(self, clip, k):
-        """classes (N,) -> u^b (N, E). All K prompts are encoded; [k] picks the pairs'"""
-        return clip.encode_prompts(self.vectors)[k]
+    def forward(self):
+        """-> u^b (K, E)"""
+        return self.encode(self.vectors)
 
 
-# -------------------------------------------------------------------------------------------------
-# The phases. A step takes the model, image (B, 3, H, W) on its device, ImageNet-normalised, labels
-# (B, K) on the CPU, the recipe, and what is frozen. It returns ({name: scalar}, n): "loss" is
-# minimised, all are logged; n is how many pairs (or images) the loss averages over
-# -------------------------------------------------------------------------------------------------
+# ---- The phases ----------------------------------------------------------------------------------
+# recipe: hyper-parameters, a column of TABLE; record: what the phase's file is made of;
+# u_f (K, E): the class texts. loop.step minimises "loss" and logs all that it is given
 
-def classification(args, recipe, split, device):
-    """All of S learns which classes a photo shows, by a multi-label soft margin."""
+def classification(args, recipe, record, split, device):
+    """All of S learns which classes a photo shows: the mean over photos j, classes k and S's
+    predictions z of -(y_jk log σ(z_jk) + (1 - y_jk) log σ(-z_jk)). A ViT has three predictions:
+    tokens, coarse, fine. A CNN has one."""
     K = len(split.classes)
     if args.generator == "resnet":
-        generator = CNNGenerator(load_resnet(args.resnet), K)           # starts from ImageNet
+        S = CNNGenerator(load_resnet(args.resnet), K)                   # starts from ImageNet
     else:
-        generator = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K,
-                                  recipe["class_attention"], recipe["pool"], recipe["reduction"])
-    train_phase(generator, classification_step, args, recipe, split, device)    # classify.pt
+        S = MaskGenerator(load_vit(args.vit, recipe["drop_path"]), K, recipe["class_attention"],
+                          recipe["pool"], recipe["reduction"])
+    loop = training(S, args, recipe, record, split, device)
+    for image, labels in loop.batches():
+        with loop.autocast:
+            _, logits = loop.model(image)                               # {name: (B, K)}
+            losses = {name: F.multilabel_soft_margin_loss(z.float(), labels.to(device))
+                      for name, z in logits.items()}
+        loop.step({"loss": sum(losses.values()) / len(losses), **losses}, len(image))
+    loop.finish()                                                       # classify.pt
 
 
-def classification_step(generator, image, labels, recipe):
-    """loss = mean over photos j, classes k of -(y_jk log σ(z_jk) + (1 - y_jk) log σ(-z_jk)), and
-    over S's predictions z. A ViT has three: tokens, coarse, fine. A CNN has one."""
-    _, logits = generator(image)                                        # {name: (B, K)}
-    losses = {name: F.multilabel_soft_margin_loss(z.float(), labels.to(image.device))
-              for name, z in logits.items()}
-    return {"loss": sum(losses.values()) / len(losses), **losses}, len(image)
-
-
-def matching(args, recipe, split, device, clip, u_f):
+def matching(args, recipe, record, split, device, clip, u_f):
     """S learns masks whose kept region matches the class text: L_match [eq. 1]."""
-    generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
-    generator.train_through_clip()
-    train_phase(generator, match_step, args, recipe, split, device, clip=clip, u_f=u_f)  # match.pt
+    S = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
+    S.train_through_clip()
+    loop = training(S, args, recipe, record, split, device)
+    for image, labels in loop.batches():
+        with loop.autocast:
+            cam, _ = loop.model(image)                                  # (B, K, h, w)
+            v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])   # (N, E), (N,)
+            L_match = match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])  # [eq. 1]
+        loop.step({"loss": L_match}, len(k))
+    loop.finish()                                                       # match.pt
 
 
-def match_step(generator, image, labels, recipe, clip, u_f):
-    cam, _ = generator(image)                                           # (B, K, h, w)
-    v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])    # (N, E) twice, (N,)
-    return {"loss": match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])}, len(k)
-
-
-def prompt_learning(args, recipe, split, device, clip, u_f):
-    """The prompts learn to name what the masks drop, by L_prompt [eq. 2]."""
-    generator = load_generator(args.out / "match.pt", split).eval().requires_grad_(False)
-    prompts = Prompts(len(split.classes), recipe["length"], clip.text_width)
-
-    def learned():                                                      # prompts.txt, prompts.pt
-        with torch.no_grad():
-            u_b = clip.encode_prompts(prompts.vectors)                  # (K, E)
-        write_words(args.out, u_b, split, clip)
-        return {"u_b": u_b.cpu(), "vectors": prompts.vectors.detach().cpu(),
-                "classes": split.classes}
-    train_phase(prompts, prompt_step, args, recipe, split, device, learned,
-                generator=generator.to(device), clip=clip, u_f=u_f)
-
-
-def prompt_step(prompts, image, labels, recipe, generator, clip, u_f):
+def prompt_learning(args, recipe, record, split, device, clip, u_f):
+    """The prompts learn to name what the masks drop: L_prompt [eq. 2]."""
+    S = load_generator(args.out / "match.pt", split).to(device).eval().requires_grad_(False)
+    prompts = Prompts(clip, len(split.classes), recipe["length"])
+    loop = training(prompts, args, recipe, record, split, device)
+    for image, labels in loop.batches():
+        with loop.autocast:
+            with torch.no_grad():
+                cam, _ = S(image)                                       # (B, K, h, w)
+                v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])
+            u_b = loop.model()[k]                                       # (N, E)
+            L_prompt = prompt_loss(v_b, u_b, u_f[k], recipe["lambda_t"], recipe["repel"], v_f)
+        loop.step({"loss": L_prompt, "sim(v_b, u_b)": pair_mean(cosine(v_b, u_b)),
+                   "sim(u_f, u_b)": pair_mean(cosine(u_f[k], u_b)),
+                   "sim(v_f, u_b)": pair_mean(cosine(v_f, u_b))}, len(k))
     with torch.no_grad():
-        cam, _ = generator(image)                                       # (B, K, h, w)
-        v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])
-    u_b, u_f = prompts(clip, k), u_f[k]                                 # (N, E), (N, E)
-    loss = prompt_loss(v_b, u_b, u_f, recipe["lambda_t"], recipe["repel"], v_f)
-    return {"loss": loss, "sim(v_b, u_b)": pair_mean(cosine(v_b, u_b)),
-            "sim(u_f, u_b)": pair_mean(cosine(u_f, u_b)),
-            "sim(v_f, u_b)": pair_mean(cosine(v_f, u_b))}, len(k)
+        u_b = prompts()                                                 # (K, E)
+    write_words(args.out, u_b, split, clip)                             # prompts.txt
+    loop.finish({"u_b": u_b.cpu(), "vectors": prompts.vectors.detach().cpu(),
+                 "classes": split.classes})                             # prompts.pt
 
 
-def refinement(args, recipe, split, device, clip, u_f):
+def refinement(args, recipe, record, split, device, clip, u_f):
     """As matching, and the kept region must not match the background prompts: L_total [eq. 3].
     As published it starts from classify.pt, not from match.pt."""
-    generator = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
-    generator.train_through_clip()
-    u_b = load_prompts(args.out / "prompts.pt", split, clip)            # (K, E), frozen
-    train_phase(generator, refine_step, args, recipe, split, device, clip=clip, u_f=u_f,
-                u_b=u_b.to(device))                                     # refine.pt
-
-
-def refine_step(generator, image, labels, recipe, clip, u_f, u_b):
-    cam, _ = generator(image)                                           # (B, K, h, w)
-    v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])    # (N, E) twice, (N,)
-    L_match = match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])
-    L_refine = refine_loss(v_f, u_b[k])
-    L_total = L_match + recipe["lambda_r"] * L_refine                   # [eq. 3]
-    return {"loss": L_total, "match": L_match, "refine": L_refine}, len(k)
+    S = load_generator(args.out / "classify.pt", split, recipe["drop_path"])
+    S.train_through_clip()
+    u_b = load_prompts(args.out / "prompts.pt", split, clip).to(device)     # (K, E), frozen
+    loop = training(S, args, recipe, record, split, device)
+    for image, labels in loop.batches():
+        with loop.autocast:
+            cam, _ = loop.model(image)                                  # (B, K, h, w)
+            v_f, v_b, k = embed_regions(clip, image, cam, labels, recipe["eps"])   # (N, E), (N,)
+            L_match = match_loss(v_f, v_b, u_f[k], recipe["lambda_b"])
+            L_refine = refine_loss(v_f, u_b[k])
+            L_total = L_match + recipe["lambda_r"] * L_refine           # [eq. 3]
+        loop.step({"loss": L_total, "match": L_match, "refine": L_refine}, len(k))
+    loop.finish()                                                       # refine.pt
 
 
 # ---- How a phase trains: optimizer, learning rate, crops -----------------------------------------
 
-def train_phase(model, step_loss, args, recipe, split, device, result=None, **frozen):
-    """Minimise a phase's loss by AdamW. OUT/PHASE.pt holds result(), by default the generator."""
-    snapshots = 0 if result else args.snapshots                         # of generators alone
-    train(args.out / recipe["phase"], model.to(device), step_loss, Crops(split, recipe), recipe,
-          cosine_rate, torch.optim.AdamW, args, device,
-          result or partial(generator_state, model, split.classes),
-          replaced(args, recipe["phase"], split), snapshots, **frozen)
+def training(model, args, recipe, record, split, device):
+    """The loop of a phase: AdamW, cosine_rate, random crops. OUT/PHASE.pt holds the generator."""
+    return Training(args.out / record["phase"], model.to(device), Crops(split, recipe, args.seed),
+                    recipe, record, args, device, torch.optim.AdamW, cosine_rate,
+                    partial(generator_state, model, split.classes),
+                    0 if isinstance(model, Prompts) else args.snapshots)
 
 
 def cosine_rate(step, recipe):
@@ -308,8 +296,8 @@ def cosine_rate(step, recipe):
 class Crops(Dataset):
     """Item (epoch, i): a view (3, crop, crop), ImageNet-normalised, and labels (K,)."""
 
-    def __init__(self, split, recipe):
-        self.split, self.seed = split, recipe["seed"]
+    def __init__(self, split, recipe, seed):
+        self.split, self.seed = split, seed
         augment = recipe.get("augment")  # not for the prompts, which see crops and mirror images
         grey = [round(255 * value) for value in IMAGENET_MEAN]
         rand_augment = v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, grey)
@@ -336,18 +324,15 @@ class Crops(Dataset):
 
 # ---- Export --------------------------------------------------------------------------------------
 
-def export(args, recipe, split, device):
+def export(args, recipe, record, split, device):
     """Write the CAMs of refine.pt, or of --checkpoint."""
-    generator = load_generator(args.checkpoint, split).eval().to(device)
-    if RANK == 0:
-        claim(args.cams, [f"{name}.npy" for name in split.names], recipe, args.resume,
-              split.folders)
-    wait_for_all()
-    left = [name for name in split.names if not (args.cams / f"{name}.npy").is_file()]
-    wait_for_all()
-    for name, photo in load_photos(split, left, "export", device):
+    S = load_generator(args.checkpoint, split).eval().to(device)
+    claim(args.cams, [f"{name}.npy" for name in split.names], record, args.resume, split.folders)
+    allow_tf32(False)
+    left = [name for name in split.names[RANK::WORLD] if not (args.cams / f"{name}.npy").exists()]
+    for name, photo in load_photos(split, left, "export", args.workers):
         present = torch.from_numpy(split.present(name)).to(device)
-        maps = photo_cams(generator, photo, present, recipe["scales"])           # (n, h, w)
+        maps = photo_cams(S, photo, present, recipe["scales"])                   # (n, h, w)
         maps = region_masks(maps, maps.shape[1:], eps=1e-12)[:, 0]
         with writing(args.cams / f"{name}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, maps.cpu().numpy().astype(np.float16))
@@ -360,8 +345,11 @@ STARTS = {"match": ["classify"], "prompts": ["match"], "refine": ["classify", "p
 
 def record_of(phase, recipe, args, split, texts):
     """What a phase's output depends on: hyper-parameters, and digests of what it reads"""
-    record = {"phase": phase, **recipe, "photos": split.digest}
-    if phase != "export":
+    record = {"script": "train_cam.py", "phase": phase, **recipe, "photos": split.digest}
+    if phase == "export":
+        shown = {name: split.present(name).tolist() for name in split.names}
+        record |= {"classes": split.classes, "shown": shown}
+    else:
         record["seed"] = args.seed
     if phase == "classify":
         record["weights"] = digest(weight_file(getattr(args, args.generator)))
@@ -377,16 +365,29 @@ def record_of(phase, recipe, args, split, texts):
     return record
 
 
-def replaced(args, phase, split):
-    """Files of an earlier run that go when a phase has begun without --resume: its own checkpoint
-    and, with --phase all, what the later phases made"""
-    later = list(PHASES)[list(PHASES).index(phase) + 1:] if args.phase == "all" else []
-    files = [args.out / f"{name}{end}" for name in later for end in (".pt", ".part")]
-    for file in files:
-        kept(file, {}, resume=False)  # InputError for a file that no run of ours made
-    if later and (args.cams / "made_of.json").is_file():
-        files += [args.cams / f"{name}.npy" for name in split.names] + [args.cams / "made_of.json"]
-    return [] if args.resume else [args.out / f"{phase}.pt", *files]
+def phases_left(args, phases, recipes, split, texts):
+    """The phases that must run: those without a file of the same inputs that --resume keeps.
+    Raises InputError for files in the way, before the first step of work."""
+    left = []
+    for phase in phases:
+        nothing_there = len(phases) > 1 and (left or not args.resume)  # --phase all begins here
+        record = None if nothing_there else record_of(phase, recipes[phase], args, split, texts)
+        if phase == "export":
+            check_folder(args.cams, [f"{name}.npy" for name in split.names], record, args.resume,
+                         split.folders)
+        elif nothing_there:
+            ends = [".pt", ".part", ".jsonl", *[".txt"] * (phase == "prompts")]
+            for path in [*(args.out / (phase + end) for end in ends), *snapshots(args.out / phase)]:
+                if path.exists():
+                    problem = (f"made of an earlier {left[0]}.pt, which is not there" if left else
+                               "--phase all begins where no file of a phase is; add --resume to go "
+                               "on")
+                    raise InputError(f"{path}: {problem}; pass another --out, or run one --phase")
+        elif earlier_run(args.out / phase, record, args.resume,
+                         (".jsonl", ".txt") if phase == "prompts" else (".jsonl",)) == "finished":
+            continue
+        left.append(phase)
+    return left
 
 
 def load_prompts(path, split, clip):
@@ -402,6 +403,8 @@ def load_prompts(path, split, clip):
 def write_words(out, u_b, split, clip):
     """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E)"""
     rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
+    if RANK > 0:
+        return
     with writing(out / "prompts.txt") as temporary:
         temporary.write_text("".join(
             f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"
@@ -474,15 +477,16 @@ def main(args):
         counts = zip(split.classes, np.sum(list(split.labels.values()), axis=0))
         print(f"{args.split}: {len(split.names)} images, which show "
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
+    recipes = {phase: recipe_of(args.recipe, phase, changes) for phase in phases}
+    left = in_first_process(lambda: phases_left(args, phases, recipes, split, texts))
     for phase in phases:
+        if phase not in left:
+            print(f"kept {args.out / phase}.pt")
+            continue
         torch.manual_seed(args.seed)
-        # The recipe is the record too: it gets the phase, the seed, and digests of the inputs
-        recipe = record_of(phase, recipe_of(args.recipe, phase, changes), args, split, texts)
+        record = record_of(phase, recipes[phase], args, split, texts)
         given = texts if phase in STARTS else {}
-        if phase == "export" or not kept(args.out / f"{phase}.pt", recipe, args.resume):
-            PHASES[phase](args, recipe, split, device, **given)
-        elif args.snapshots:
-            print(f"{phase}.pt is finished: no snapshots of it are made")
+        PHASES[phase](args, recipes[phase], record, split, device, **given)
     end_processes()
 
 

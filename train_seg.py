@@ -34,9 +34,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, WORLD, InputError, Split, digest, end_processes, folder_digest,
-    kept, load_weights, mixed_seed, read_changes, read_checkpoint, read_labels, run,
-    start_processes, sum_over_processes, train)
+    IMAGENET_MEAN, IMAGENET_STD, WORLD, InputError, Split, Training, digest, earlier_run,
+    end_processes, folder_digest, in_first_process, load_weights, mixed_seed, read_changes,
+    read_checkpoint, read_labels, run, start_processes, sum_over_processes)
 from mask_generator import Block, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
@@ -109,13 +109,23 @@ def clip_high_losses(losses, start, patch):
     return torch.where(mean <= start, losses.minimum(bound), losses)
 
 
-def segmentation_step(model, image, labels, recipe):
-    """image (B, 3, H, W), labels uint8 (B, H, W) -> {"loss": mean L_i}, n pixels"""
-    labels = labels.to(image.device, non_blocking=True).long()                  # (B, H, W)
-    losses = F.cross_entropy(model(image), labels, ignore_index=255, reduction="none")  # (B, H, W)
-    if recipe["clip_start"]:
-        losses = clip_high_losses(losses, recipe["clip_start"], recipe["clip_patch"])
-    return {"loss": losses.mean()}, losses.numel()
+def segmentation(args, recipe, record, split, device):
+    """The model learns the masks of --labels, pixel by pixel: the mean of L_i."""
+    torch.manual_seed(args.seed)
+    vit = load_backbone(args.vit, recipe)                               # starts from ImageNet
+    model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
+    loop = Training(args.out / "seg", model, Labelled(split, args.labels, recipe, args.seed),
+                    recipe, record, args, device, OPTIMIZERS[recipe["optimizer"]], poly_rate,
+                    lambda: segmenter_state(model, args.recipe, recipe["side"], split.classes))
+    for image, labels in loop.batches():
+        labels = labels.to(device, non_blocking=True).long()            # (B, H, W)
+        with loop.autocast:
+            scores = loop.model(image)                                  # (B, K + 1, H, W)
+            losses = F.cross_entropy(scores, labels, ignore_index=255, reduction="none")
+            if recipe["clip_start"]:
+                losses = clip_high_losses(losses, recipe["clip_start"], recipe["clip_patch"])
+        loop.step({"loss": losses.mean()}, losses.numel())
+    loop.finish()                                                       # seg.pt
 
 
 def poly_rate(step, recipe):
@@ -129,8 +139,8 @@ class Labelled(Dataset):
     crop, flip, colours, pad. Where a photo is smaller than the crop, mean colour and label 255 are
     added below and at the right."""
 
-    def __init__(self, split, folder, recipe):
-        self.split, self.folder, self.recipe = split, Path(folder), recipe
+    def __init__(self, split, folder, recipe, seed):
+        self.split, self.folder, self.recipe, self.seed = split, Path(folder), recipe, seed
         self.augment = v2.Compose([
             v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
@@ -146,7 +156,7 @@ class Labelled(Dataset):
         H, W = photo.shape[1:]
         labels = read_labels(self.folder / f"{name}.png", (H, W), len(self.split.classes) + 1)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self.recipe["seed"], epoch, i))
+            torch.manual_seed(mixed_seed(self.seed, epoch, i))
             low, high = self.recipe["scale"]
             side = self.recipe["side"]  # of the short side; a long one has at most 4 times as much
             scale = (low + (high - low) * torch.rand(()).item()) * min(side / min(H, W),
@@ -174,13 +184,19 @@ def load_backbone(path, recipe):
     return backbone
 
 
+def segmenter_state(model, recipe, side, classes):
+    """What seg.pt holds. recipe: its name; side: of a photo at scale 1, in pixels"""
+    return {"segmenter": model.state_dict(), "vit": model.backbone.sizes, "recipe": recipe,
+            "side": side, "classes": classes}
+
+
 def load_segmenter(path):
     """OUT/seg.pt -> Segmenter in eval mode, the recipe's name, `side`, the classes it knows"""
     remedy = "train one with train_seg.py"
     state = read_checkpoint(path, "segmenter", remedy)
     model = load_weights(lambda: Segmenter(ViT(**state["vit"]), len(state["classes"]) + 1),
                          state["segmenter"], path, f"a segmentation model; {remedy}")
-    return model.eval(), state["recipe"], state["record"]["side"], state["classes"]
+    return model.eval(), state["recipe"], state["side"], state["classes"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -217,19 +233,14 @@ def main(args):
     if recipe["batch"] % WORLD:
         raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {WORLD} "
                          "processes")
-    recipe |= {"recipe": args.recipe, "seed": args.seed, "photos": split.digest,
-               "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names],
-                                       "make_pseudo.py writes them"),
-               "weights": digest(weight_file(args.vit))}
-    if not kept(args.out / "seg.pt", recipe, args.resume):
-        torch.manual_seed(args.seed)
-        vit = load_backbone(args.vit, recipe)
-        model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
-        train(args.out / "seg", model, segmentation_step, Labelled(split, args.labels, recipe),
-              recipe, poly_rate, OPTIMIZERS[recipe["optimizer"]], args, device,
-              lambda: {"segmenter": model.state_dict(), "vit": vit.sizes, "recipe": args.recipe,
-                       "classes": split.classes},
-              replaced=[] if args.resume else [args.out / "seg.pt"])
+    record = {"script": "train_seg.py", "recipe": args.recipe, **recipe, "seed": args.seed,
+              "photos": split.digest, "weights": digest(weight_file(args.vit)),
+              "labels": folder_digest(args.labels, [f"{name}.png" for name in split.names],
+                                      "make_pseudo.py writes them")}
+    if in_first_process(lambda: earlier_run(args.out / "seg", record, args.resume)) == "finished":
+        print(f"kept {args.out}/seg.pt")
+    else:
+        segmentation(args, recipe, record, split, device)
     end_processes()
 
 
