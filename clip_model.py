@@ -25,7 +25,6 @@ import argparse
 import gzip
 import html
 import math
-import zipfile
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -262,47 +261,35 @@ def tokenize(texts, context_length=77):
 # ---- Weights, images, and the words nearest to a learned prompt ----------------------------------
 
 def load_clip(name_or_path, device="cpu"):
-    """A name of MODELS (downloaded once) or a checkpoint file -> CLIP in eval mode, frozen; .sha256
-    is the file's. TorchScript runs its own code while it is loaded, so only OpenAI's is loaded."""
-    path = Path(name_or_path)
+    """A name of MODELS (downloaded once) or a checkpoint file -> CLIP in eval mode, frozen, in
+    float32 [detail L3]; .sha256 is the file's. TorchScript runs its own code while it is loaded,
+    so only OpenAI's is."""
+    path, known = Path(name_or_path), {url.split("/")[0] for url in MODELS.values()}
     if name_or_path in MODELS:
-        model = MODELS[name_or_path]
-        path = fetch_weights(OPENAI + model, model.split("/")[0])
-    expected = f"OpenAI's CLIP with a ViT: a whole file, or one of {', '.join(MODELS)}"
-    try:
-        sha256 = digest(path)
-        with zipfile.ZipFile(path) as archive:  # of TorchScript, as OpenAI ships it, or torch.save
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if not scripted:
-            state = read_tensors(path, expected)
-        elif sha256 in {model.split("/")[0] for model in MODELS.values()}:
-            state = dict(torch.jit.load(path, map_location="cpu").state_dict())
-        else:
-            raise InputError(f"{path}: TorchScript, and not a file of OpenAI's; it would run code "
-                             "that is in it; if you trust it, convert it: "
-                             f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
-        clip = build_clip(state, path, expected)
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{path}: not a readable CLIP ({reason}); expected {expected}") from None
+        path = fetch_weights(OPENAI + MODELS[name_or_path], MODELS[name_or_path].split("/")[0])
+    expected = (f"one of {', '.join(MODELS)}, a file of OpenAI's, or what torch.save makes of the "
+                "state_dict() of a CLIP with a ViT")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected {expected}")
+    sha256 = digest(path)
+    state = (dict(torch.jit.load(path, map_location="cpu").state_dict()) if sha256 in known else
+             read_tensors(path, expected))
+    clip = load_weights(lambda: empty_clip(state), state, path, expected)
     clip.sha256 = sha256
-    return clip.requires_grad_(False).eval().to(device)
+    return clip.float().requires_grad_(False).eval().to(device)
 
 
-def build_clip(state, path, expected):
-    """{name: tensor} -> CLIP in float32 [detail L3]. Sizes are read off the shapes."""
+def empty_clip(state):
+    """A CLIP of the sizes that the tensors of a state dict {name: tensor} have"""
+    for key in ("input_resolution", "context_length", "vocab_size"):  # in OpenAI's archives
+        state.pop(key, None)
     width, _, _, patch = state["visual.conv1.weight"].shape
     resolution = math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch
-    context_length, vocabulary = (len(state[key]) for key in
-                                  ("positional_embedding", "token_embedding.weight"))
     text_width, embed_dim = state["text_projection"].shape
     layers, text_layers = (sum(key.startswith(tower) and key.endswith(".ln_1.weight")
                                for key in state) for tower in ("visual.transf", "transformer."))
-    state = {key: value for key, value in state.items()  # sizes in OpenAI's archives
-             if key not in ("input_resolution", "context_length", "vocab_size")}
-    return load_weights(lambda: CLIP(resolution, patch, width, layers, text_width, text_layers,
-                                     embed_dim, context_length, vocabulary),
-                        state, path, expected).float()
+    return CLIP(resolution, patch, width, layers, text_width, text_layers, embed_dim,
+                len(state["positional_embedding"]), len(state["token_embedding.weight"]))
 
 
 def preprocess(image, resolution):

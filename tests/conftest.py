@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from common import PALETTE, Journal, run  # noqa: E402
+from common import PALETTE, Training, run  # noqa: E402
 
 TINY = ["--recipe", "toy", "--steps", "3", "--batch", "4", "--workers", "0", "--device", "cpu"]
 CPU = torch.device("cpu")
@@ -143,11 +143,11 @@ def cam(toy):
 @pytest.fixture
 def dies_at_2(monkeypatch):
     """A training run is killed when it has saved its second step, until this is called."""
-    original = Journal.write
+    original = Training.log
 
-    def dies(journal, step, *args):
-        original(journal, step, *args)
-        if step == 2:
+    def dies(loop, losses):
+        original(loop, losses)
+        if loop.done == 2:
             raise KeyboardInterrupt
-    monkeypatch.setattr(Journal, "write", dies)
-    return lambda: monkeypatch.setattr(Journal, "write", original)
+    monkeypatch.setattr(Training, "log", dies)
+    return lambda: monkeypatch.setattr(Training, "log", original)

@@ -8,7 +8,7 @@ from PIL import Image
 
 import common
 from common import (
-    PALETTE, InputError, Split, load_batches, read_labels, write_labels, writing)
+    PALETTE, InputError, Split, read_labels, write_labels, writing)
 
 TABLE = "images/a.jpg,cat\nimages/b.JPG,cat;dog\nimages/c.PNG,\n"
 
@@ -91,8 +91,7 @@ def places(monkeypatch, n, steps, start=0, rank=0, world=1, seed=5):
     """The batches of (epoch, i) that a process loads, four a step over all processes"""
     monkeypatch.setattr(common, "RANK", rank)
     monkeypatch.setattr(common, "WORLD", world)
-    recipe = {"batch": 4, "seed": seed, "steps": steps}
-    return list(load_batches(range(n), recipe, start, CPU, 0).batch_sampler)
+    return list(common.places(n, {"batch": 4, "steps": steps}, seed, start))
 
 
 def test_batches(monkeypatch):

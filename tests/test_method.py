@@ -2,7 +2,10 @@
 beside train_cam.py."""
 import json
 import shutil
+from argparse import Namespace
+from contextlib import nullcontext
 from math import exp, log, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,17 +84,32 @@ def test_regions_by_hand(clip):
         torch.testing.assert_close(v, expected, atol=1e-5, rtol=1e-4)
 
 
-# ---- The steps -----------------------------------------------------------------------------------
+# ---- One step of each phase ----------------------------------------------------------------------
+
+class OneBatch:
+    """In the place of common.Training: one batch, and what the phase hands to step"""
+    autocast, finish = nullcontext(), staticmethod(lambda state=None: None)
+
+    def __init__(self, model, image, labels):
+        self.model, self.batch = model, (image, labels)
+
+    def batches(self):
+        yield self.batch
+
+    def step(self, losses, n):
+        self.losses, self.n = losses, n
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("repel", ["text", "text-log", "image"])
-def test_steps_equal_the_losses_pair_by_pair(clip, repel):
+def test_steps_equal_the_losses_pair_by_pair(clip, repel, monkeypatch):
     """[eq. 1, 2, 3] of fixed maps: every pair has the text and the prompt of its own class, its own
     regions, the recipe's weights and eps. The lengths of features do not count."""
     torch.manual_seed(0)
     labels, image = torch.tensor([[0, 1, 0], [1, 0, 1.0]]), torch.randn(2, 3, 40, 88)
     cams, u_f, u_b = torch.rand(2, 3, 5, 11), torch.rand(3, 64) + 0.1, torch.rand(3, 64)
-    recipe = {"eps": 0.3, "lambda_b": 2.4, "lambda_r": 0.5, "lambda_t": 0.7, "repel": repel}
+    recipe = {"eps": 0.3, "lambda_b": 2.4, "lambda_r": 0.5, "lambda_t": 0.7, "repel": repel,
+              "drop_path": 0, "length": 2}
     sums, X = {"match": 0, "refine": 0, "prompts": 0}, train_cam.clip_view(clip, image)
     sim = lambda a, b: torch.cosine_similarity(a, b, dim=-1).clamp(1e-4, 1 - 1e-4)  # noqa: E731
     for b, k in ((0, 1), (1, 0), (1, 2)):
@@ -103,67 +121,83 @@ def test_steps_equal_the_losses_pair_by_pair(clip, repel):
         sums["match"] += match
         sums["refine"] += match - 0.5 * (1 - sim(v_f, u_b[k])).log()
         sums["prompts"] += -sim(v_b, u_b[k]).log() + 0.7 * L_T
-    stub, texts = (lambda x: (cams, {})), {"clip": clip, "u_f": u_f}
-    for name, (values, n) in {
-            "match": train_cam.match_step(stub, image, labels, recipe, **texts),
-            "refine": train_cam.refine_step(stub, image, labels, recipe, **texts, u_b=u_b),
-            "prompts": train_cam.prompt_step(lambda _, k: u_b[k], image, labels, recipe, stub,
-                                             **texts)}.items():
-        assert n == 3 and values["loss"].item() == pytest.approx(sums[name].item() / 3, rel=1e-4)
+
+    S = torch.nn.Identity()
+    S.forward, S.train_through_clip = lambda x: (cams, {}), lambda: None
+    monkeypatch.setattr(train_cam, "load_generator", lambda *_: S)
+    monkeypatch.setattr(train_cam, "load_prompts", lambda *_: u_b)
+    monkeypatch.setattr(train_cam, "write_words", lambda *_: None)
+    for name, expected in sums.items():
+        model = S if name != "prompts" else lambda: u_b
+        loop = OneBatch(model, image, labels)
+        monkeypatch.setattr(train_cam, "training", lambda *_: loop)
+        train_cam.PHASES[name](Namespace(out=Path()), recipe, {}, Namespace(classes="abc"), "cpu",
+                               clip, u_f)
+        assert loop.n == 3
+        assert loop.losses["loss"].item() == pytest.approx(expected.item() / 3, rel=1e-4)
 
 
-def test_classification_step_by_hand():
+def test_classification_step_by_hand(toy, monkeypatch):
     """The mean over photos, classes and the predictions of S"""
     tokens, fine, labels = torch.tensor([[[2.0, -1], [0, 3]], [[1, 1], [-2, 0]], [[1, 0], [1, 1]]])
     logits = {"tokens": tokens, "fine": fine}
-    values, n = train_cam.classification_step(lambda x: (None, logits), torch.zeros(2), labels, {})
+    loop = OneBatch(lambda x: (None, logits), torch.zeros(2), labels)
+    monkeypatch.setattr(train_cam, "training", lambda *_: loop)
+    train_cam.classification(Namespace(generator="vit", vit=toy / "vit.pth"),
+                             train_cam.recipe_of("toy", "classify", {}), {},
+                             Namespace(classes="ab"), "cpu")
     right = {"tokens": (2, 1, 0, 3), "fine": (1, -1, -2, 0)}  # the logit, or minus it where y is 0
     hand = {name: sum(log(1 + exp(-z)) for z in row) / 4 for name, row in right.items()}
-    assert n == 2 and {name: x.item() for name, x in values.items()} == pytest.approx(
+    assert loop.n == 2 and {name: x.item() for name, x in loop.losses.items()} == pytest.approx(
         hand | {"loss": sum(hand.values()) / 2})
 
 
 @pytest.fixture
-def steps_of(monkeypatch):
-    """steps_of(phase) -> a list that gets (model, what is frozen, a random number) in every step"""
-    def steps_of(phase):
-        name = {"classify": "classification_step", "prompts": "prompt_step"}.get(phase,
-                                                                                 f"{phase}_step")
-        seen, step = [], getattr(train_cam, name)
+def seen(monkeypatch):
+    """What runs: steps [(what trains, a random number)], generators, given [(clip, u_f)]"""
+    seen = Namespace(steps=[], generators=[], given=[])
+    step, load = common.Training.step, train_cam.load_generator
 
-        def watched(model, *batch, **frozen):
-            seen.append((model, frozen, torch.rand(()).item()))
-            return step(model, *batch, **frozen)
-        monkeypatch.setattr(train_cam, name, watched)
-        return seen
-    return steps_of
+    def watched_step(loop, losses, n):
+        step(loop, losses, n)
+        seen.steps.append((loop.parts["model"], torch.rand(()).item()))
+
+    def watched_load(*args):
+        seen.generators.append(load(*args))
+        return seen.generators[-1]
+    monkeypatch.setattr(common.Training, "step", watched_step)
+    monkeypatch.setattr(train_cam, "load_generator", watched_load)
+    for phase, run in train_cam.PHASES.items():
+        monkeypatch.setitem(train_cam.PHASES, phase, lambda *args, run=run, **given: (
+            seen.given.append(given), run(*args, **given)))
+    return seen
 
 
 @pytest.mark.parametrize("phase", ["match", "prompts", "refine"])
-def test_what_a_phase_hands_to_its_step(phase, toy, root, chain, cam, tmp_path, steps_of,
-                                        monkeypatch):
+def test_what_a_phase_is_given(phase, toy, root, chain, cam, tmp_path, seen, monkeypatch):
     """The text of a class is that of its words; S stands still in prompts and drops paths where it
     trains, others in every step and process."""
-    seen, drop = steps_of(phase), [] if phase == "prompts" else ["--set", "drop_path=0.25"]
+    drop = [] if phase == "prompts" else ["--set", "drop_path=0.25"]
     names = (root / "classes.txt").read_text().split()
     (root / "classes.txt").write_text("boat: steam ship\n" + "\n".join(names[1:]))
     for rank in (0, 1):
-        monkeypatch.setattr(common, "RANK", rank)
         out = shutil.copytree(chain / "cam", tmp_path / f"rank {rank}")
+        monkeypatch.setattr(common, "RANK", rank)
+        monkeypatch.setattr(common, "in_first_process", lambda function: function())
+        monkeypatch.setattr(train_cam, "in_first_process", lambda function: function())
         cam(out, "--phase", phase, "--steps", 2, *drop, data=root)
-    assert len({number for *_, number in seen}) == 4
+    assert len({number for _, number in seen.steps}) == 4
     texts = load_clip(toy / "clip.pt").encode_text(tokenize(
         [f"a photo of {words}." for words in ("steam ship", *names[1:])]))
-    for model, frozen, _ in seen:
-        S = frozen.get("generator", model)
+    for S, given in zip(seen.generators, seen.given, strict=True):
         assert (S.training, S.backbone.blocks[-1].drop_path) == (
             (False, 0) if phase == "prompts" else (True, 0.25))
-        torch.testing.assert_close(frozen["u_f"], texts, atol=1e-5, rtol=0)
+        torch.testing.assert_close(given["u_f"], texts, atol=1e-5, rtol=0)
 
 
 def test_prompts_start_between_0_and_1(clip):
     torch.manual_seed(0)
-    vectors = train_cam.Prompts(6, 30, clip.text_width).vectors
+    vectors = train_cam.Prompts(clip, 6, 30).vectors
     assert vectors.shape == (6, 30, 128) and vectors.min() >= 0 and vectors.max() < 1
     assert vectors.std().item() == pytest.approx(12 ** -0.5, rel=0.02)
 
@@ -171,18 +205,17 @@ def test_prompts_start_between_0_and_1(clip):
 # ---- What each phase trains ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_only_what_the_phase_trains_moves(phase, toy, chain, cam, tmp_path, steps_of):
+def test_only_what_the_phase_trains_moves(phase, toy, chain, cam, tmp_path, seen):
     """Gradients reach what a phase trains and nothing else."""
-    seen = steps_of(phase)
     saved = cam(shutil.copytree(chain / "cam", tmp_path / "cam"), "--phase", phase)
-    model, frozen, _ = seen[-1]
-    if clip := frozen.get("clip"):
+    (model, _), given = seen.steps[-1], seen.given[-1]
+    if clip := given.get("clip"):
         assert all(not p.requires_grad and p.grad is None for p in clip.parameters())
         assert not moved(load_clip(toy / "clip.pt").state_dict(), clip.state_dict())
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
     start, trained = saved["classify"]["generator"], ("head.", "fusion.")
     if phase == "prompts":
-        S = frozen["generator"]
+        S, = seen.generators
         assert touched == {"vectors"} and all(p.grad is None for p in S.parameters())
         assert not moved(saved["match"]["generator"], S.state_dict())
         return
@@ -218,13 +251,13 @@ def test_refinement_without_its_loss_is_matching(chain, cam, tmp_path):
     assert moved(saved["refine"]["generator"], refined)
 
 
-def test_photos_without_objects(chain, root, cam, tmp_path):
+def test_photos_without_objects(root, cam, tmp_path):
     """They count as nothing, even a batch of such photos alone; the export writes no map."""
     *bare, shown = (root / "train.csv").read_text().splitlines()[:5]
     bare = [line.split(",")[0] + "," for line in bare]
     (root / "few.csv").write_text("\n".join([*bare, shown]))
-    out = shutil.copytree(chain / "cam", tmp_path / "cam", ignore=shutil.ignore_patterns("cams"))
-    cam(out, "--phase", "all", "--split", "few", "--batch", 1, data=root)
+    out = tmp_path / "new"
+    cam(out, "--split", "few", "--batch", 1, data=root)
     shapes = [np.load(out / f"cams/{name}.npy").shape for name in Split(root, "few").names]
     assert all(shape[0] == 0 and len(shape) == 3 for shape in shapes[:4]) and shapes[4][0] > 0
 
@@ -245,8 +278,8 @@ def test_resume_equals_uninterrupted(phase, chain, cam, tmp_path, dies_at_2, mon
     """A phase by name, killed, equals that of a whole run; classify with all that is random. On a
     GPU, loading a photo seeds the GPU too, for which the CPU stands here: no drop path changes."""
     strong = ["--set", "drop_path=0.5", "augment=True"] if phase == "classify" else []
-    straight, killed = chain / "cam", shutil.copytree(chain / "cam", tmp_path / "killed")
-    (killed / f"{phase}.pt").unlink()
+    straight, own = chain / "cam", shutil.ignore_patterns(f"{phase}.*")
+    killed = shutil.copytree(straight, tmp_path / "killed", ignore=own)
     flags, load = ["--phase", phase, *strong], train_cam.Crops.__getitem__
 
     def seeds(crops, place):
@@ -274,8 +307,8 @@ def test_resume_equals_uninterrupted(phase, chain, cam, tmp_path, dies_at_2, mon
 
 def test_resume_in_another_precision(chain, cam, tmp_path, dies_at_2):
     """What `auto` does between cards: a GradScaler without a state begins anew."""
-    out = shutil.copytree(chain / "cam", tmp_path / "cam")
-    (out / "match.pt").unlink()
+    own = shutil.ignore_patterns("match.*")
+    out = shutil.copytree(chain / "cam", tmp_path / "cam", ignore=own)
     with pytest.raises(KeyboardInterrupt):
         cam(out, "--phase", "match", "--precision", "float32")
     dies_at_2()

@@ -13,7 +13,7 @@ import common
 import eval
 import train_cam
 import train_seg
-from common import IMAGENET_MEAN, IMAGENET_STD, Split, load_batches, read_labels, write_labels
+from common import IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, write_labels
 from mask_generator import MaskGenerator, ViT, load_vit
 from train_cam import cosine_rate, recipe_of
 from train_seg import Segmenter
@@ -106,7 +106,7 @@ def test_prompts_alone_see_plain_crops(phase, tmp_path):
     """A photo of one colour: crops and mirror images have that colour, RandAugment's and random
     erasing's have not. No two epochs have the same view of a photo, an epoch always has its own."""
     split, recipe = two_photos(tmp_path), recipe_of("voc", phase, {"crop": 32}) | {"seed": 0}
-    crops = train_cam.Crops(split, recipe)
+    crops = train_cam.Crops(split, recipe, 0)
     plain = [x.flatten(1).std(1).max() < 1e-6 for x in (crops[epoch, 0][0] for epoch in range(20))]
     assert all(plain) == (phase == "prompts")
     views = [crops[epoch, 1][0] for epoch in (0, 0, 1, 2)]
@@ -120,7 +120,7 @@ def test_crops_have_any_side_and_at_least_the_recipes_area(tmp_path):
     y, x = np.mgrid[:240, :240].astype(np.uint8)
     Image.fromarray(np.stack([x, y, x], axis=2)).save(tmp_path / "b.png")
     for min_area in (0.08, 0.6):
-        crops = train_cam.Crops(split, recipe | {"min_area": min_area})
+        crops = train_cam.Crops(split, recipe | {"min_area": min_area}, 0)
         views = torch.stack([crops[epoch, 1][0] for epoch in range(40)])
         rgb = views * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255 / 240      # without the mean
         width, height = rgb[:, 0, 16, -1] - rgb[:, 0, 16, 0], rgb[:, 1, -1, 16] - rgb[:, 1, 0, 16]
@@ -134,7 +134,7 @@ def test_colours_change_at_level_9_of_10(tmp_path):
     or 184."""
     split, recipe = two_photos(tmp_path), recipe_of("voc", "match", {"crop": 32}) | {"seed": 0}
     Image.new("RGB", (64, 48), (102, 102, 102)).save(tmp_path / "a.png")
-    crops = train_cam.Crops(split, recipe)
+    crops = train_cam.Crops(split, recipe, 0)
     middle = torch.stack([crops[epoch, 0][0][:, 16, 16] for epoch in range(200)])
     rgb = 255 * (middle * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN))
     greys = {min(pixel) for pixel in rgb.round().int().tolist() if len(set(pixel)) == 1}
@@ -162,7 +162,7 @@ def test_labels_go_with_their_pixels(tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join("abcdef"))
     (tmp_path / "train.csv").write_text("photo/a.png,a\n")
     recipe = {"crop": 48, "side": 72, "scale": (0.8, 2), "seed": 0}  # side: the photo's own
-    photos = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe)
+    photos = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe, 0)
     items = [photos[epoch, 0] for epoch in range(20)]
     for image, found in items:
         assert image.shape == (3, 48, 48) and {*found.unique().tolist()} <= {0, 2, 6}
@@ -228,9 +228,9 @@ def test_sgd_by_hand(toy, voc_like, one_process):
     recipe = one_process["record"]
     torch.manual_seed(0)  # as main begins
     model = Segmenter(train_seg.load_backbone(toy / "vit.pth", recipe), 7)
-    photos = train_seg.Labelled(Split(toy / "data", "train"), voc_like[3], recipe)  # of --labels
+    photos = train_seg.Labelled(Split(toy / "data", "train"), voc_like[3], recipe, 0)  # of --labels
     speed = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    order = list(load_batches(photos, recipe, 0, CPU, 0).batch_sampler)
+    order = list(places(len(photos), recipe, 0))
     for step in range(3):
         rate = 0.1 + 0.4 * (1 - step / 3) ** 0.9
         image, labels = map(torch.stack, zip(*(photos[place] for place in order[step])))
@@ -255,13 +255,16 @@ def test_sgd_by_hand(toy, voc_like, one_process):
 
 def test_every_step_and_process_drops_others(voc_like, tmp_path, monkeypatch):
     """Of drop path and dropout, by the random numbers that a step begins with"""
-    rates, numbers, step = set(), [], train_seg.segmentation_step
+    rates, numbers, step = set(), [], Training.step
 
-    def watched(model, *args):
+    def watched(loop, losses, n):
+        model = loop.parts["model"]
         rates.add((model.backbone.blocks[-1].drop_path, model.blocks[1].dropout))
         numbers.append(torch.rand(()).item())
-        return step(model, *args)
-    monkeypatch.setattr(train_seg, "segmentation_step", watched)
+        step(loop, losses, n)
+    monkeypatch.setattr(Training, "step", watched)
+    for module in (common, train_seg):
+        monkeypatch.setattr(module, "in_first_process", lambda function: function())
     for rank in (0, 1):
         monkeypatch.setattr(common, "RANK", rank)
         call("train_seg", *voc_like[:-2], "drop_path=0.25", "dropout=0.5", "--out", tmp_path)
@@ -342,10 +345,10 @@ def test_windows_in_one_batch_are_windows_one_by_one():
 def test_views_of_the_segmentation_are_padded_last(toy):
     """Below and at the right, by mean colour and label 255; some views are mirrored."""
     split = Split(toy / "data", "train")
-    recipe = seg_recipe("toy") | {"crop": 80, "scale": (1, 1), "seed": 0}
+    recipe = seg_recipe("toy") | {"crop": 80, "scale": (1, 1)}
     i = next(i for i, name in enumerate(split.names) if split.image(name).size == (64, 64))
     truth = torch.from_numpy(read_labels(toy / f"data/masks/{split.names[i]}.png", None, 7))
-    photos, mirrored = train_seg.Labelled(split, toy / "data/masks", recipe), set()
+    photos, mirrored = train_seg.Labelled(split, toy / "data/masks", recipe, 0), set()
     for epoch in range(12):
         image, labels = photos[epoch, i]
         assert (image[:, 64:] == 0).all() and (image[:, :, 64:] == 0).all() and image.any()

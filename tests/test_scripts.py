@@ -17,7 +17,7 @@ import eval
 import make_pseudo
 import train_seg
 from clip_model import class_texts, load_clip
-from common import Journal, Split, digest, write_labels
+from common import Split, Training, digest, write_labels
 from mask_generator import MaskGenerator, ViT
 
 OBJECTS = ["boat", "train", "bird", "cow", "car", "bottle"]
@@ -198,16 +198,16 @@ def test_prompts_of_another_clip(toy, says, tmp_path):
 @pytest.mark.parametrize("where", ["weights", "gradients"])
 def test_what_is_not_a_number_is_not_saved(where, toy, chain, tmp_path, capsys, monkeypatch):
     """NaN in weights or gradients at a saving step: one line, and the .part of before"""
-    original = Journal.write
+    original = Training.log
 
-    def spoils(journal, step, *args):
-        original(journal, step, *args)
-        head = journal.parts["model"].head
-        if step == 1 and where == "weights":
+    def spoils(loop, losses):
+        original(loop, losses)
+        head = loop.parts["model"].head
+        if loop.done == 1 and where == "weights":
             head.bias.data.fill_(torch.nan)
-        elif step == 1:
+        elif loop.done == 1:
             head.bias.register_hook(lambda gradient: gradient * torch.nan)
-    monkeypatch.setattr(Journal, "write", spoils)
+    monkeypatch.setattr(Training, "log", spoils)
     shutil.copytree(chain / "cam", tmp_path / "cam")
     line = error_line(capsys, "train_cam", "--data", toy / "data", "--clip", toy / "clip.pt",
                       "--out", tmp_path / "cam", *TINY, "--phase", "match")
@@ -221,11 +221,11 @@ def test_a_photo_of_5000_to_1_is_resized_to_what_a_crop_needs(tmp_path, monkeypa
         (tmp_path / file).write_text(text)
     Image.new("RGB", (5000, 1)).save(tmp_path / "a.png")
     write_labels(tmp_path / "labels/a.png", np.ones((1, 5000), np.uint8))
-    recipe = {key: row[0] for key, row in train_seg.TABLE.items()} | {"seed": 0}
+    recipe = {key: row[0] for key, row in train_seg.TABLE.items()}
     sizes, resize = [], train_seg.v2.functional.resize
     monkeypatch.setattr(train_seg.v2.functional, "resize", lambda x, size, mode: (
         sizes.extend(size), resize(x, size, mode))[1])
-    image, labels = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe)[0, 0]
+    image, labels = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe, 0)[0, 0]
     assert max(sizes) <= 2 * 4 * 520 and image.shape[1:] == labels.shape == (480, 480)
 
 
