@@ -22,7 +22,7 @@ Reads ROOT/classes.txt, ROOT/SPLIT.csv and the photos (docs/data.md), never a ma
 writes OUT/PHASE.pt (weights, and the record of what they were made of) and OUT/PHASE.jsonl (the
 log); prompts also OUT/prompts.txt; export OUT/cams/NAME.npy and made_of.json (their record).
 
-  python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt \\
+  python train_cam.py --data runs/toy/data --recipe toy --clip runs/toy/clip.pt \
                       --vit runs/toy/vit.pth --out runs/toy/cam
   python train_cam.py --data data/VOCdevkit/VOC2012 --split train_aug --out runs/voc   # one GPU
   torchrun --nproc-per-node 4 train_cam.py ... the same ...

@@ -17,7 +17,7 @@ Reads ROOT/classes.txt, ROOT/SPLIT.csv, photos, and label PNGs of any origin (0 
 classes, 255 ignore); --labels ROOT/masks gives the fully supervised upper bound. Writes OUT/seg.pt
 and OUT/seg.jsonl (the log).
 
-  python train_seg.py --data runs/toy/data --recipe toy --labels runs/toy/masks \\
+  python train_seg.py --data runs/toy/data --recipe toy --labels runs/toy/masks \
                       --vit runs/toy/vit.pth --out runs/toy/seg
   torchrun --nproc-per-node 4 train_seg.py ... the same ...
 """

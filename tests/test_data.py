@@ -3,7 +3,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import CPU, check_label_png, error_line, files_in
+from conftest import check_label_png, error_line, files_in
 from PIL import Image
 
 import common

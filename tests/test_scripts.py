@@ -225,7 +225,8 @@ def test_a_photo_of_5000_to_1_is_resized_to_what_a_crop_needs(tmp_path, monkeypa
     sizes, resize = [], train_seg.v2.functional.resize
     monkeypatch.setattr(train_seg.v2.functional, "resize", lambda x, size, mode: (
         sizes.extend(size), resize(x, size, mode))[1])
-    image, labels = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe, 0)[0, 0]
+    photos = train_seg.Labelled(Split(tmp_path, "train"), tmp_path / "labels", recipe, 0)
+    image, labels = photos[0, 0]
     assert max(sizes) <= 2 * 4 * 520 and image.shape[1:] == labels.shape == (480, 480)
 
 
