@@ -384,8 +384,8 @@ class Split:
             path = self.root / "".join(row[:1]).strip()
             if not row or path == self.root:
                 continue
-            if unknown := set(found) - set(number):
-                raise InputError(f"{table}: class {min(unknown)!r} of {row[0]} is not in "
+            if unknown := [name for name in found if name not in number]:
+                raise InputError(f"{table}: class {unknown[0]!r} of {row[0]} is not in "
                                  "classes.txt; correct one of the two files")
             name = path.stem
             if name in self.paths or not os.path.isfile(path):
@@ -393,21 +393,19 @@ class Split:
                 raise InputError(f"{table}: {row[0]}: {problem} in {self.root}; expected one file "
                                  "for each line, with different names")
             self.paths[name] = path
-            self.labels[name] = np.zeros(len(self.classes), bool)
-            self.labels[name][[number[x] for x in found]] = True
+            self.labels[name] = shown = np.zeros(len(self.classes), bool)
+            for each in found:
+                shown[number[each]] = True
         self.names = list(self.paths)
         if not self.names:
             raise InputError(f"{table}: empty; expected a line `PATH,CLASS;CLASS` per photo")
-
-    @cached_property
-    def folders(self):
-        return {self.root / "masks", *(path.parent for path in self.paths.values())}
+        self.folders = {self.root / "masks", *(path.parent for path in self.paths.values())}
 
     @cached_property
     def digest(self):
-        return digest([self.classes, self.upright, [
-            [name, self.present(name).tolist(), path.stat().st_size]
-            for name, path in self.paths.items()]])
+        photos = [[name, self.present(name).tolist(), os.path.getsize(path)]
+                  for name, path in self.paths.items()]
+        return digest([self.classes, self.upright, photos])
 
     def read(self, file, expected, parse=list):
         try:

@@ -253,7 +253,7 @@ class CNNGenerator(nn.Module):
         return Rectify.apply(score), {"pooled": score.mean(dim=(2, 3))}
 
 
-class ResNet(nn.Module):
+class ResNet(resnet.ResNet):
     """torchvision's ResNet up to its last features: (B, 3, H, W) -> (B, width, H/patch, W/patch).
 
     patch is 16: dilation takes the place of the last stage's stride. With a conv1 of 3 x 3, as
@@ -262,27 +262,20 @@ class ResNet(nn.Module):
 
     def __init__(self, block="Bottleneck", layers=(3, 4, 6, 3), first=64, stem=7,
                  norm=FrozenBatchNorm2d):
-        super().__init__()
+        nn.Module.__init__(self)  # torchvision's __init__ knows no other `first` and `stem`
         self.sizes = {"block": block, "layers": list(layers), "first": first, "stem": stem}
         small, block = stem == 3, getattr(resnet, block)
-        self.patch, width = 4 if small else 16, first
+        self.patch, self.width = 4 if small else 16, block.expansion * first * 8
         self.conv1 = nn.Conv2d(3, first, stem, 1 if small else 2, padding=stem // 2, bias=False)
         self.bn1 = norm(first)
         self.pool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        self.inplanes, self.groups, self.base_width = first, 1, 64  # what _make_layer reads
+        self.dilation, self._norm_layer = 1, norm
         for i, count in enumerate(layers):
-            stride, out, blocks = 1 if i == 0 else 2, block.expansion * first * 2**i, []
-            for j in range(count):
-                shortcut = None
-                if j == 0 and (stride, width) != (1, out):
-                    conv = nn.Conv2d(width, out, 1, stride, bias=False)
-                    shortcut = nn.Sequential(conv, norm(out))
-                blocks.append(block(width, first * 2**i, stride if j == 0 else 1, shortcut,
-                                    norm_layer=norm))
-                width = out
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-        self.width = width
+            stage = self._make_layer(block, first * 2**i, count, stride=1 if i == 0 else 2)
+            self.add_module(f"layer{i + 1}", stage)
         for conv in (module for module in self.layer4.modules() if isinstance(module, nn.Conv2d)):
-            if conv.stride == (2, 2):
+            if conv.stride == (2, 2):  # torchvision's own dilation is of Bottleneck alone
                 conv.stride = (1, 1)
             elif conv.kernel_size == (3, 3):  # sees twice as many places now: takes every other one
                 conv.dilation = conv.padding = (2, 2)
