@@ -62,12 +62,12 @@ class CLIP(nn.Module):
     """Both towers, by default at the size of ViT-B/32. Features are not of unit length."""
 
     def __init__(self, resolution=224, patch=32, width=768, layers=12, text_width=512,
-                 text_layers=12, embed_dim=512, context_length=77, vocabulary=49408):
+                 text_layers=12, embed_dim=512, context_length=77):
         super().__init__()
         self.resolution, self.embed_dim = resolution, embed_dim                  # R, E
         self.text_width, self.context_length = text_width, context_length
         self.visual = VisionTransformer(resolution, patch, width, layers, embed_dim)
-        self.token_embedding = nn.Embedding(vocabulary, text_width)
+        self.token_embedding = nn.Embedding(49408, text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, text_width))
         self.transformer = Transformer(text_width, text_layers)
         self.ln_final = nn.LayerNorm(text_width)
@@ -283,13 +283,15 @@ def empty_clip(state):
     """A CLIP of the sizes that the tensors of a state dict {name: tensor} have"""
     for key in ("input_resolution", "context_length", "vocab_size"):  # in OpenAI's archives
         state.pop(key, None)
+    if "visual.layer1.0.conv1.weight" in state:
+        raise ValueError("a ResNet, not a ViT")
     width, _, _, patch = state["visual.conv1.weight"].shape
     resolution = math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch
     text_width, embed_dim = state["text_projection"].shape
     layers, text_layers = (sum(key.startswith(tower) and key.endswith(".ln_1.weight")
                                for key in state) for tower in ("visual.transf", "transformer."))
     return CLIP(resolution, patch, width, layers, text_width, text_layers, embed_dim,
-                len(state["positional_embedding"]), len(state["token_embedding.weight"]))
+                len(state["positional_embedding"]))
 
 
 def preprocess(image, resolution):

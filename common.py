@@ -8,6 +8,7 @@ per photo, ROOT/masks/NAME.png.
 import ast
 import csv
 import datetime
+import difflib
 import hashlib
 import http.client
 import io
@@ -41,10 +42,16 @@ class InputError(Exception):
 
 
 def run(main, args):
-    """main(args). InputError, and files that cannot be written, become one line and exit code 2."""
+    """main(args); it returns what it wrote and what comes next, which is printed.
+    InputError, and files that cannot be written, become one line and exit code 2."""
     Image.MAX_IMAGE_PIXELS = None  # open_image limits the size: Pillow's warning is not for threads
     try:
-        main(args)
+        told = main(args)
+        if told and RANK == 0:
+            print(told)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (InputError, OSError) as error:
         line = (str(error) or repr(error)).strip().splitlines()[-1]  # after a worker's traceback
         print(f"error: {line.removeprefix('common.InputError: ')}", file=sys.stderr)
@@ -248,6 +255,9 @@ def fetch_weights(url, sha256):
             raise InputError(f"cannot download {url} ({error}); run again, or fetch it by hand "
                              f"and save it as {path}") from None
     wait_for_all()
+    if not (found := digest(path)).startswith(sha256):
+        raise InputError(f"{path}: not the published file: its SHA-256 begins with {found[:8]}, not "
+                         f"{sha256[:8]}; remove it, and it is downloaded again")
     return path
 
 
@@ -315,6 +325,8 @@ def read_image(path, upright=True, header=False):
             orientation = image.getexif().get(0x0112) if upright else None
             if header:
                 return image.size[::1 if orientation in (5, 6, 7, 8) else -1]
+            if image.mode == "F":
+                raise ValueError("real numbers; expected 8 or 16 bits a pixel")
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             if orientation in TURNS:
@@ -380,18 +392,18 @@ class Split:
                              "empty or called background")
         self.paths, self.labels, table = {}, {}, self.root / f"{split}.csv"
         for row in self.read(table.name, "a line `PATH,CLASS;CLASS` per photo", csv.reader):
-            found = [name.strip() for name in ";".join(row[1:]).split(";") if name.strip()]
-            path = self.root / "".join(row[:1]).strip()
-            if not row or path == self.root:
+            if not row:  # an empty line
                 continue
+            found = [name.strip() for name in ";".join(row[1:]).split(";") if name.strip()]
+            path = self.root / row[0].strip()
             if unknown := [name for name in found if name not in number]:
                 raise InputError(f"{table}: class {unknown[0]!r} of {row[0]} is not in "
                                  "classes.txt; correct one of the two files")
             name = path.stem
             if name in self.paths or not os.path.isfile(path):
                 problem = "a second photo of this name" if name in self.paths else "no such photo"
-                raise InputError(f"{table}: {row[0]}: {problem} in {self.root}; expected one file "
-                                 "for each line, with different names")
+                raise InputError(f"{table}: {','.join(row)}: {problem} in {self.root}; expected one "
+                                 "file for each line, with different names")
             self.paths[name] = path
             self.labels[name] = shown = np.zeros(len(self.classes), bool)
             for each in found:
@@ -434,10 +446,17 @@ class Split:
 
 
 def load_photos(split, names, title, workers):
-    """(name, PIL photo) of these names, with a progress bar in a terminal, read by so many
-    processes while this one computes"""
-    return tqdm(DataLoader(split, batch_size=None, sampler=names, num_workers=workers), title,
-                disable=QUIET)
+    """(name, PIL photo) of these names, read by so many processes while this one computes"""
+    return progress(DataLoader(split, batch_size=None, sampler=names, num_workers=workers), title)
+
+
+def progress(items, title):
+    """The items, with a bar in a terminal; in a log a line for each tenth"""
+    for i, item in enumerate(tqdm(items, title, disable=QUIET), 1):
+        yield item
+        tenths = [10 * n // len(items) for n in (i - 1, i)]
+        if RANK == 0 and not sys.stdout.isatty() and tenths[0] < tenths[1]:
+            print(f"{title}: {i} of {len(items)}", flush=True)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -487,6 +506,10 @@ class Training:
                           for i in range(1, snapshots + 1)}
         self.save_part()
         self.model = DistributedDataParallel(model) if WORLD > 1 else model
+        if RANK == 0:
+            epochs = steps * recipe["batch"] / len(photos)
+            print(f"{path.name}: {len(photos):,} photos, {steps:,} steps of {recipe['batch']}, "
+                  f"{epochs:.3g} epochs", flush=True)
         self.start, self.began = self.done, time.time()
         self.bar = tqdm(total=steps, initial=self.done, desc=path.name, disable=QUIET)
 
@@ -590,20 +613,35 @@ def places(n, recipe, seed, start=0):
 
 def read_changes(args, recipe, choices):
     """--set KEY=VALUE ... of the recipe's keys -> {key: value}: literals of its types, whole ones
-    above 0; --steps and --batch too, if the recipe has them"""
-    changes, given = {}, {"steps": args.steps, "batch": args.batch}
-    words = [f"{key}={n}" for key, n in given.items() if n is not None and key in recipe]
-    for word in [*words, *args.set]:
+    above 0; --batch too"""
+    changes, batch = {}, args.batch is not None and "batch" in recipe
+    for word in [*[f"batch={args.batch}"] * batch, *args.set]:
         key, _, text = word.partition("=")
+        if key not in recipe:
+            near = difflib.get_close_matches(key, recipe, 1)
+            raise InputError(f"--set {word}: no key {key}; expected one of "
+                             f"{', '.join(sorted(recipe))}; {near[0] if near else 'KEY=VALUE'}?")
+        old = recipe[key]
         try:
-            old = recipe[key]
             value = text if isinstance(old, str) else ast.literal_eval(text)
             value = float(value) if isinstance(old, float) else value
             good = type(value) is type(old) and value in choices.get(key, [value])
-        except (KeyError, SyntaxError, TypeError, ValueError):
+        except (SyntaxError, TypeError, ValueError):
             good = False
         if not good or type(value) is int and value < 1:
-            raise InputError(f"--set {word}: expected KEY=VALUE, like one of " + ", ".join(
-                f"{k}={'|'.join(choices.get(k, [str(recipe[k])]))}" for k in sorted(recipe)))
+            raise InputError(f"--set {word}: expected a value like "
+                             f"{key}={'|'.join(choices.get(key, [str(old)]))}, above 0 if whole")
         changes[key] = value
     return changes
+
+
+def schedule(recipe, photos, steps):
+    """The batch and the steps of a recipe for so many photos, at most one of each in a batch.
+    steps: --steps, or None"""
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps {steps}: expected a number above 0")
+    batch = min(recipe["batch"], photos)
+    if batch < recipe["batch"] and RANK == 0:
+        print(f"batch {batch}, not {recipe['batch']}: the list has no more photos")
+    an_epoch = photos // batch if recipe.get("drop_last") else -(-photos // batch)
+    return {"batch": batch, "steps": steps or recipe["epochs"] * an_epoch}

@@ -56,7 +56,8 @@ PRESETS = {  # --crf: what the unary is made of, (sxy, weight), (sxy, srgb, weig
     "weaktr-test": dict(unary="prob", gaussian=(3, 3), bilateral=(83, 5, 3)),  # VOC's test
     "none": None,
 }
-BACKGROUND_SCORE = 0.43  # WeakTr's for VOC, found there with masks of the training images
+RECIPES = {  # --recipe: background score and CRF. WeakTr found both scores with training masks
+    "voc": (0.43, "voc"), "coco": (0.42, "irn"), "toy": (0.43, "voc")}
 
 
 # ---- CAMs -> pseudo mask ------------------------------------------------------------------------
@@ -75,11 +76,11 @@ def score_labels(cams, present, background_score):
 
 def average_in_segments(cams, segments):
     """M_k(i) := mean of M_k over s(i) [eq. P2]: cams (n, H, W), segments int64 (H, W) -> (n, H, W).
-    Pixels of segment 0, which are in none, keep their own M."""
+    Pixels of segment 0, which are in none, keep their own M. Sums are in float64."""
     maps, s = cams.flatten(1), segments.flatten()                                # (n, V), (V,)
-    sums = maps.new_zeros(len(maps), int(s.max()) + 1).index_add_(1, s, maps)
-    means = sums / s.bincount().clamp(min=1)                                     # (n, segments)
-    return torch.where(s > 0, means[:, s], maps).view(cams.shape)
+    sums = maps.new_zeros(len(maps), int(s.max()) + 1, dtype=torch.float64)
+    means = sums.index_add_(1, s, maps.double()) / s.bincount().clamp(min=1)     # (n, segments)
+    return torch.where(s > 0, means[:, s].float(), maps).view(cams.shape)
 
 
 def pseudo_mask(photo, cams, present, background_score, preset, device):
@@ -375,26 +376,30 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="DIR", help="where NAME.png go")
     add("--resume", action="store_true", help="go on with a run of the same inputs, whose finished "
         "files are kept")
-    add("--background-score", type=float, default=BACKGROUND_SCORE, metavar="T",
-        help="in (0, 1), higher gives smaller masks; 0.43 (VOC) and 0.42 (COCO) are WeakTr's, "
-        "found there with train masks; on other data a guess")
+    add("--recipe", choices=list(RECIPES), default="voc", help="background score and CRF: 0.43 and "
+        "voc (toy too), or 0.42 and irn (coco); the scores are WeakTr's, found there with train "
+        "masks; on other data a guess")
+    add("--background-score", type=float, metavar="T", help="another one, in (0, 1); higher gives "
+        "smaller masks")
     add("--segments", metavar="DIR", help="class-agnostic segments, each of which takes one "
         "label: NAME.png, of prepare/foreign.py --segments")
-    add("--crf", choices=list(PRESETS), default="voc", help="dense CRF: voc (WeakTr), irn (IRNet, "
-        "COCO), clip-es (its kernels), weaktr-test (of segmentations), or none")
+    add("--crf", choices=list(PRESETS), help="another dense CRF: voc (WeakTr), irn (IRNet, COCO), "
+        "clip-es (its kernels), weaktr-test (of segmentations), or none")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args(argv)
 
 
 def main(args):
-    device = start_processes(args.device)
-    check_score(args.background_score)
+    device, (score, crf) = start_processes(args.device), RECIPES[args.recipe]
+    score = args.background_score if args.background_score is not None else score
+    crf = args.crf or crf
+    check_score(score)
     split = Split(args.data, args.split)
     shown = [name for name in split.names if split.labels[name].any()]
     check_cams(args.cams, split)
-    record = {"script": "make_pseudo.py", "background_score": args.background_score,
-              "crf": args.crf, "photos": split.digest,
+    record = {"script": "make_pseudo.py", "background_score": score, "crf": crf,
+              "photos": split.digest,
               "cams": folder_digest(args.cams, [f"{name}.npy" for name in shown], "export them, or "
                                     "convert another program's with prepare/foreign.py")}
     if args.segments:
@@ -403,8 +408,7 @@ def main(args):
     claim(args.out, [f"{name}.png" for name in split.names], record, args.resume,
           [*split.folders, *filter(None, (args.cams, args.segments))])
     if RANK == 0:
-        print(f"background score {args.background_score}, CRF {args.crf}, {len(split.names)} "
-              f"images of {args.split}")
+        print(f"background score {score}, CRF {crf}, {len(split.names)} images of {args.split}")
     left = [name for name in split.names[RANK::WORLD] if not Path(args.out, f"{name}.png").exists()]
     for name, photo in load_photos(split, left, "pseudo masks", args.workers):
         photo, present = np.array(photo), split.present(name)
@@ -412,9 +416,11 @@ def main(args):
         if args.segments:
             segments = read_segments(args.segments, name, photo.shape[:2])
             cams = average_in_segments(cams, segments)
-        labels = pseudo_mask(photo, cams, present, args.background_score, args.crf, device)
+        labels = pseudo_mask(photo, cams, present, score, crf, device)
         write_labels(Path(args.out, f"{name}.png"), labels)
     end_processes()
+    return (f"{args.out}: pseudo masks of {len(split.names)} photos; next:\n    python train_seg.py "
+            f"--data {args.data} --split {args.split} --labels {args.out} --out OUT")
 
 
 if __name__ == "__main__":

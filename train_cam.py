@@ -44,8 +44,8 @@ from clip_model import CLIP_MEAN, CLIP_STD, class_texts, load_clip, nearest_word
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Split, Training, allow_tf32,
     check_classes, check_folder, claim, digest, earlier_run, end_processes, in_first_process,
-    load_photos, mixed_seed, read_changes, read_checkpoint, run, snapshots, start_processes,
-    writing)
+    load_photos, mixed_seed, read_changes, read_checkpoint, run, schedule, snapshots,
+    start_processes, writing)
 from mask_generator import (
     CNNGenerator, MaskGenerator, generator_state, load_generator, load_resnet, load_vit, photo_cams,
     weight_file)
@@ -53,10 +53,11 @@ from mask_generator import (
 # B images, K classes, N (image, class) pairs, H W pixels, h w patch grid, E width of CLIP's
 # features, P prompt length, R side of CLIP's input
 
-# AdamW; lr is used as it is, not scaled by the batch. VOC has 10,582 images, COCO 82,081
+# AdamW; lr is used as it is, not scaled by the batch. With VOC's 10,582 images, the epochs of
+# classify, match and refine are 9,900 steps each, those of prompts 4,920
 TABLE = {
     #                                 voc         coco           toy
-    ("classify", "steps"):           (9_900,      76_920,        76),
+    ("classify", "epochs"):          (60,         60,            4),
     ("classify", "batch"):           (64,         64,            32),
     ("classify", "lr"):              (7.5e-5,     6.25e-5,       1e-3),
     ("classify", "backbone_lr"):     (1.0,        1.0,           0.02),   # times lr
@@ -67,17 +68,17 @@ TABLE = {
     ("classify", "class_attention"): (True,       True,          False),  # A_c2p in [eq. W3]
     ("classify", "pool"):            ("max",      "mean",        "max"),  # features in [eq. W2]
     ("classify", "reduction"):       (8,          4,             2),      # in the MLP of [eq. W2]
-    ("match", "steps"):              (9_900,      153_900,       304),
+    ("match", "epochs"):             (60,         60,            8),
     ("match", "batch"):              (64,         32,            16),
     ("match", "lr"):                 (6.4e-5,     3.2e-7,        1e-3),
-    ("prompts", "steps"):            (4_920,      38_460,        190),
+    ("prompts", "epochs"):           (60,         60,            10),
     ("prompts", "batch"):            (128,        128,           32),
     ("prompts", "lr"):               (2.5e-2,     2.5e-3,        2.5e-2),
     ("prompts", "lambda_t"):         (0.02,       0.01,          0.02),
     ("prompts", "repel"):            ("text",     "text",        "text"),  # see prompt_loss
     ("prompts", "length"):           (30,         30,            30),     # P
     ("prompts", "eps"):              (1e-4,       1e-4,          1e-4),   # in M
-    ("refine", "steps"):             (9_900,      205_200,       304),
+    ("refine", "epochs"):            (60,         60,            8),
     ("refine", "batch"):             (64,         24,            16),
     ("refine", "lr"):                (6.4e-5,     2.4e-7,        1e-3),
     ("refine", "lambda_r"):          (0.05,       0.2,           1.0),
@@ -85,7 +86,8 @@ TABLE = {
     ("match refine", "eps"):         (0.1,        0.1,           0.1),
     ("match refine", "backbone_lr"): (0.1,        0.1,           0.02),   # of a CNN, times lr
     ("match prompts refine", "weight_decay"): (0.03, 0.03,       0.03),
-    ("classify match prompts refine", "epochs"): (60, 60,        0),      # see cosine_rate
+    ("classify match prompts refine", "drop_last"): (True, True, False),  # incomplete batches
+    ("classify match prompts refine", "rate_changes"): ("epoch", "epoch", "step"),
     ("classify match prompts refine", "crop"): (224, 224,        64),     # side in pixels
     ("classify match prompts refine", "min_area"): (0.08, 0.08,  0.4),    # least share of the photo
     ("classify match refine", "augment"): (True,  True,          False),
@@ -93,7 +95,8 @@ TABLE = {
     ("export", "scales"):            ((1, 1.2),   (1, 0.8, 1.2), (1, 1.2)),
 }
 RECIPES = ("voc", "coco", "toy")
-CHOICES = {"repel": ("text", "text-log", "image"), "pool": ("max", "mean")}
+CHOICES = {"repel": ("text", "text-log", "image"), "pool": ("max", "mean"),
+           "rate_changes": ("epoch", "step")}
 
 
 # ---- Losses: features (N, E) -> a scalar, 0 without any pair -------------------------------------
@@ -284,9 +287,10 @@ def training(model, args, recipe, record, split, device):
 def cosine_rate(step, recipe):
     """The rate of step 0, 1, ..: up from first_lr in the warm-up (if the recipe has one), then on
     half a cosine to last_lr (or 0). The cosine is counted from step 0, not from the end of the
-    warm-up. With `epochs` the rate is updated once per epoch, one epoch late, as in DeiT's loop."""
+    warm-up. If it changes once an epoch, it is that of the epoch before, as in DeiT's loop."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
-    if epochs := recipe["epochs"]:
+    if recipe["rate_changes"] == "epoch":
+        epochs = recipe["epochs"]
         step = max(0, step * epochs // steps - 1) * steps / epochs
     if step < (warmup := steps * recipe.get("warmup", 0)):
         return recipe["first_lr"] + (lr - recipe["first_lr"]) * step / warmup
@@ -426,9 +430,10 @@ def parse_args(argv=None):
     add("--split", default="train", help="ROOT/SPLIT.csv: the photos to train on and to export")
     add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints, logs and CAMs")
     add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the "
-        "recipe's, in all phases that run and have the key: --set lambda_r=0.2 length=4")
-    add("--steps", type=int, metavar="N", help="short for --set steps=N")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other values "
+        "than the recipe's, in all phases that run and have the key: --set lambda_r=0.2 length=4")
+    add("--steps", type=int, metavar="N", help="a trial: each phase's whole schedule in N steps "
+        "(None: the recipe's epochs)")
     add("--batch", type=int, metavar="N", help="short for --set batch=N: images per step, over "
         "all processes; the rates stay")
     add("--phase", choices=[*PHASES, "all"], default="all", help="one phase, which starts from "
@@ -478,17 +483,25 @@ def main(args):
         print(f"{args.split}: {len(split.names)} images, which show "
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
     recipes = {phase: recipe_of(args.recipe, phase, changes) for phase in phases}
+    for phase in set(phases) - {"export"}:
+        recipes[phase] |= schedule(recipes[phase], len(split.names), args.steps)
     left = in_first_process(lambda: phases_left(args, phases, recipes, split, texts))
     for phase in phases:
         if phase not in left:
             if RANK == 0:
                 print(f"kept {args.out / phase}.pt")
             continue
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**63)
         record = record_of(phase, recipes[phase], args, split, texts)
         given = texts if phase in STARTS else {}
         PHASES[phase](args, recipes[phase], record, split, device, **given)
     end_processes()
+    flags = f"--data {args.data} --split {args.split}"
+    if "export" in phases:
+        return (f"{args.cams}: CAMs of {len(split.names)} photos; next:\n    python make_pseudo.py "
+                f"{flags} --cams {args.cams} --out {args.out}/masks")
+    following = list(PHASES)[list(PHASES).index(phases[-1]) + 1]
+    return f"{args.out / phases[-1]}.pt; next: the same command with --phase {following}"
 
 
 if __name__ == "__main__":

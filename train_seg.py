@@ -36,14 +36,14 @@ from torchvision.transforms import InterpolationMode, v2
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, WORLD, InputError, Split, Training, digest, earlier_run,
     end_processes, folder_digest, in_first_process, load_weights, mixed_seed, read_changes,
-    read_checkpoint, read_labels, run, start_processes, sum_over_processes)
+    read_checkpoint, read_labels, run, schedule, start_processes, sum_over_processes)
 from mask_generator import Block, ViT, load_vit, weight_file
 
 # B images, K classes, H W pixels, h w patch grid, D ViT width
 
-TABLE = {  # SGD: Nesterov, momentum 0.9. 100 epochs of VOC's 10,582 and COCO's 82,081 images
+TABLE = {  # SGD: Nesterov, momentum 0.9. Of VOC's 10,582 images 100 epochs are 264,600 steps
     #                voc          coco         toy
-    "steps":        (264_600,     2_052_100,   1_050),
+    "epochs":       (100,         100,         14),
     "batch":        (4,           4,           8),
     "optimizer":    ("sgd",       "sgd",       "adamw"),
     "lr":           (1e-4,        1e-4,        3e-4),         # of the decoder
@@ -111,7 +111,7 @@ def clip_high_losses(losses, start, patch):
 
 def segmentation(args, recipe, record, split, device):
     """The model learns the masks of --labels, pixel by pixel: the mean of L_i."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     vit = load_backbone(args.vit, recipe)                               # starts from ImageNet
     model = Segmenter(vit, len(split.classes) + 1, recipe["dropout"]).to(device)
     loop = Training(args.out / "seg", model, Labelled(split, args.labels, recipe, args.seed),
@@ -211,8 +211,10 @@ def parse_args(argv=None):
     add("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT: name, file")
     add("--out", required=True, type=Path, metavar="DIR", help="where seg.pt and seg.jsonl go")
     add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the recipe's")
-    add("--steps", type=int, metavar="N", help="short for --set steps=N")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other values "
+        "than the recipe's")
+    add("--steps", type=int, metavar="N", help="a trial: the whole schedule in N steps (None: the "
+        "recipe's epochs)")
     add("--batch", type=int, metavar="N", help="short for --set batch=N: images per step, over all "
         "processes; the rates stay")
     add("--resume", action="store_true", help="keep a finished seg.pt of the same inputs, or "
@@ -230,6 +232,7 @@ def main(args):
     split = Split(args.data, args.split)
     recipe = {key: row[RECIPES.index(args.recipe)] for key, row in TABLE.items()}
     recipe |= read_changes(args, recipe, {"optimizer": tuple(OPTIMIZERS)})
+    recipe |= schedule(recipe, len(split.names), args.steps)
     if recipe["batch"] % WORLD:
         raise InputError(f"--batch {recipe['batch']}: expected a multiple of the {WORLD} "
                          "processes")
@@ -242,6 +245,8 @@ def main(args):
     else:
         segmentation(args, recipe, record, split, device)
     end_processes()
+    return (f"{args.out}/seg.pt; next:\n    python eval.py --data {args.data} --checkpoint "
+            f"{args.out}/seg.pt")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pydensecrf.utils import unary_from_labels, unary_from_softmax
 
 GOLDEN = Path(__file__).with_name("crf_golden.npz")
 PRESETS = {"voc": ("hard", 4, 3, 83, 5, 3), "irn": ("hard", 3, 3, 50, 5, 10),
-           "prob": ("prob", 1, 3, 67, 3, 4)}
+           "clip-es": ("prob", 1, 3, 67, 3, 4)}
 
 
 def inference(image, prob, unary, sxy_g, w_g, sxy_b, srgb, w_b):

@@ -14,7 +14,7 @@ from make_pseudo import (
     PRESETS, dense_crf, dense_crf_slow, hard_unary, pseudo_mask, read_cams)
 
 GOLDEN = np.load(Path(__file__).with_name("crf_golden.npz"))  # of make_crf_golden.py
-CRF_PRESETS = ["voc", "irn", "prob"]
+CRF_PRESETS = ["voc", "irn", "clip-es"]
 
 
 def scene(H, W, C=3, seed=0):
@@ -63,7 +63,8 @@ def test_slow_one_step_by_hand():
 
 
 @pytest.mark.parametrize("preset, kernels", [  # as published: (sxy, weight), (sxy, srgb, weight)
-    ("voc", ((4, 3), (83, 5, 3))), ("irn", ((3, 3), (50, 5, 10))), ("prob", ((1, 3), (67, 3, 4)))])
+    ("voc", ((4, 3), (83, 5, 3))), ("irn", ((3, 3), (50, 5, 10))),
+    ("clip-es", ((1, 3), (67, 3, 4)))])
 def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
     """0.7 for the winner, which may be background, or the scores divided by their sum"""
     image, maps = scene(40, 50)
@@ -71,7 +72,7 @@ def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
     scores = torch.cat([torch.full((1, 40, 50), 0.43), maps])
     winner = scores.argmax(0)
     unary = torch.stack([torch.where(winner == label, 0.7, 0.15) for label in range(3)])
-    Q = dense_crf(image, unary if preset != "prob" else scores / scores.sum(0), *kernels)
+    Q = dense_crf(image, unary if preset != "clip-es" else scores / scores.sum(0), *kernels)
     found, raw = (pseudo_mask(image.numpy(), maps, np.array([1, 4]), 0.43, name, CPU)
                   for name in (preset, "none"))
     numbers = np.array([0, 2, 5], np.uint8)

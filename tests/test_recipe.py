@@ -13,7 +13,7 @@ import common
 import eval
 import train_cam
 import train_seg
-from common import IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, write_labels
+from common import IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, schedule, write_labels
 from mask_generator import MaskGenerator, ViT, load_vit
 from train_cam import cosine_rate, recipe_of
 from train_seg import Segmenter
@@ -50,35 +50,52 @@ PUBLISHED = {  # phase: {key: (voc, coco)}
         "stride": (320, 320), "crf": ("voc-test", "prob")}}
 
 
+STEPS = {  # voc, coco, toy
+    "classify": (9_900, 76_920, 76), "match": (9_900, 153_900, 304), "prompts": (4_920, 38_460, 190),
+    "refine": (9_900, 205_200, 304), "seg": (264_600, 2_052_100, 1_050)}
+
+
 @pytest.mark.parametrize("phase", PUBLISHED)
 @pytest.mark.parametrize("column, name, images", [(0, "voc", 10_582), (1, "coco", 82_081)])
 def test_published_values(phase, column, name, images):
-    """A careless edit of a table: the toy world does not notice it. Of the phases 60 epochs without
-    the incomplete batch, of the segmentation 100 with it"""
+    """A careless edit of a table: the toy world does not notice it."""
     recipe = (seg_recipe(name) if phase == "seg" else eval.TEST[name] if phase == "test" else
               recipe_of(name, phase, {}))
     published = {key: row[column] for key, row in PUBLISHED[phase].items()}
     assert {key: recipe[key] for key in published} == published
-    if phase == "seg":
-        assert recipe["steps"] == 100 * -(-images // 4)
+    if phase in STEPS:
+        assert schedule(recipe, images, None)["steps"] == STEPS[phase][column]
     if phase in PHASES:  # augmented and with drop path, but for the prompts
         assert (recipe["crop"], recipe["min_area"], recipe["epochs"]) == (224, 0.08, 60)
-        assert recipe["steps"] == 60 * (images // recipe["batch"])
         strong = (None, None) if phase == "prompts" else (True, 0.1)
         assert (recipe.get("augment"), recipe.get("drop_path")) == strong
+
+
+@pytest.mark.parametrize("phase", STEPS)
+def test_steps_follow_from_the_list(phase):
+    """At least one an epoch; a batch has a photo once at most; --steps shrinks the schedule."""
+    toy, voc = ((seg_recipe(name) if phase == "seg" else recipe_of(name, phase, {}))
+                for name in ("toy", "voc"))
+    assert schedule(toy, 600, None)["steps"] == STEPS[phase][2]
+    assert schedule(voc | {"batch": 64}, 300, None)["steps"] == (500 if phase == "seg" else 240)
+    assert schedule(voc | {"batch": 8}, 3, None) == {"batch": 3, "steps": voc["epochs"]}
+    assert schedule(voc, 10_582, 7)["steps"] == 7
 
 
 def test_rates_by_hand():
     """Five epochs from 1e-6 to 7.5e-5, a cosine to 1e-5; one value an epoch, an epoch late, as
     timm's schedule in DeiT's loop gives them."""
-    recipe = recipe_of("voc", "classify", {})
+    recipe = recipe_of("voc", "classify", {}) | {"steps": 9_900}
     for epoch in range(60):
         t = max(0, epoch - 1)
         timm = (1e-6 + t * 7.4e-5 / 5 if t < 5 else
                 1e-5 + 6.5e-5 * (1 + np.cos(np.pi * t / 60)) / 2)
         for step in (165 * epoch, 165 * epoch + 164):
             assert cosine_rate(step, recipe) == pytest.approx(timm)
-    plain = recipe_of("toy", "match", {"steps": 100, "lr": 1})
+    for step in range(120):  # a trial has the same 60 stairs, of two steps each
+        assert cosine_rate(step, recipe | {"steps": 120}) == pytest.approx(
+            cosine_rate(165 * (step // 2), recipe))
+    plain = recipe_of("toy", "match", {"lr": 1}) | {"steps": 100}
     assert [cosine_rate(step, plain) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
 
 
@@ -197,7 +214,7 @@ def test_scores_of_the_segmenter_by_hand():
         torch.testing.assert_close(model(image)[0, :, i // 3, i % 3], expected, atol=1e-4, rtol=0)
 
 
-VOC_LIKE = ["--recipe", "voc", "--workers", 0, "--device", "cpu", "--set", "steps=3", "lr=0.5",
+VOC_LIKE = ["--recipe", "voc", "--workers", 0, "--device", "cpu", "--steps", 3, "--set", "lr=0.5",
             "last_lr=0.1", "weight_decay=0.01", "side=64", "crop=48", "clip_start=9.",
             "clip_patch=12",  # small and fast, with clipping from the first step
             "drop_path=0.", "dropout=0."]

@@ -125,7 +125,7 @@ def test_segmentation_resumed_equals_uninterrupted(toy, tmp_path, monkeypatch, d
              "--vit", toy / "vit.pth", "--out", tmp_path / out, *TINY, "--batch", 6, *flags,
              "--set", "dropout=0.5")
         return torch.load(tmp_path / out / "seg.pt", weights_only=True)["segmenter"]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run("killed")
     dies_at_2()  # not again
     straight, load = run("straight"), train_seg.Labelled.__getitem__
@@ -162,15 +162,18 @@ def says(toy, chain, capsys, tmp_path):
     ("train_cam --resume --set lambda_t=0.5", "prompts.pt: made with lambda_t 0.02, now it is 0.5"),
     ("train_cam --phase match --out {m}/cam/new", "new/classify.pt: no such file"),
     ("train_cam --phase classify --workers -1", "--workers -1; expected"),
-    ("train_cam --phase match --set lambda_r=1", "--set lambda_r=1: expected KEY=VALUE, like one "),
-    ("train_cam --phase export --checkpoint {m}/cam/prompts.pt", "prompts.pt: has no 'generator'"),
+    ("train_cam --phase match --set lamda_b=1", "no key lamda_b; expected one of augment,"),
+    ("train_cam --phase match --set lamda_b=1", "lambda_b?"),
+    ("train_cam --phase match --steps 0", "--steps 0: expected a number above 0"),
+    ("train_cam --phase export --cams {m}/none --checkpoint {m}/cam/prompts.pt", "prompts.pt: has no 'generator'"),
     ("train_cam --phase classify --out {m}/cam/match.pt", "File exists"),
     ("train_cam --phase classify --split missing", "missing.csv: not readable"),
-    ("train_seg --set lr=fast", "--set lr=fast: expected KEY=VALUE, like one of "),
-    ("train_seg --set speed=1", "batch=8"),  # all keys with their values
+    ("train_seg --set lr=fast", "--set lr=fast: expected a value like lr=0.0003"),
+    ("train_seg --set speed=1", "no key speed; expected one of backbone_lr, batch, clip_patch"),
     ("train_seg --set optimizer=adam", "optimizer=sgd|adamw"),
     ("train_seg --set crop=1.5", "crop=64"),
     ("train_seg --set batch=0", "batch=8"),
+    ("train_seg --set lr=1 --set crop=1.5", "crop=1.5"),
     ("train_seg --set scale=2", "scale=(0.75, 1.5)")])
 def test_flags_that_cannot_be(command, expected, says, tmp_path):
     assert expected in says(*command.format(m=tmp_path).split())
@@ -244,7 +247,8 @@ def test_snapshots(cam, tmp_path, dies_at_2):
         assert saved[f"{phase}-3"].keys() == saved[phase].keys()
         assert not moved(saved[f"{phase}-3"]["generator"], saved[phase]["generator"])
         assert moved(saved[f"{phase}-2"]["generator"], saved[phase]["generator"])
-    cam(tmp_path, "--phase", "export", "--checkpoint", tmp_path / "match-2.pt")
+    cam(tmp_path, "--phase", "export", "--checkpoint", tmp_path / "match-2.pt", "--cams",
+        tmp_path / "of match-2")
 
 
 # ---- VOC in one command --------------------------------------------------------------------------
