@@ -366,13 +366,14 @@ def parse_args(argv=None):
 
 
 def main(args):
-    r, out, tables = open_run(args), args.run / "companion", {}
+    out, tables = args.run / "companion", {}
     files = [args.run / "strip.png", args.run / "index.html", *(
         out / file for file in ("made_of.json", "tables.json", *CAPTIONS))]
     drawn_here = (read_record(out) or {}).get("script") == "companion.py"
     if there := [path for path in files if path.exists() and not drawn_here]:
-        raise InputError(f"{there[0]}: is there already, and {out}/made_of.json does not say that "
+        raise InputError(f"{there[0]}: is there already, and no companion/made_of.json says that "
                          "companion.py drew it; move it away")
+    r = open_run(args)
     with writing(out / "made_of.json") as temporary:
         temporary.write_text(json.dumps({"script": "companion.py", "photos": r.split.digest}))
     for section, needs in SECTIONS.items():
