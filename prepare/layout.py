@@ -6,13 +6,16 @@ from common import InputError, Split, check_folder, claim, writing
 
 
 def claim_all(parts, resume, reads=()):
-    """common.claim of each {folder: (files, record)}, once all of them are allowed"""
+    """common.claim of each {folder: (files, record)}, once all of them are allowed. A line names
+    --out, and suggests to remove masks alone, never lists."""
     try:
         for begin in (check_folder, claim):
             for folder, (files, record) in parts.items():
                 begin(folder, files, record, resume, reads)
     except InputError as error:
-        raise InputError(str(error).replace("another folder", "another --out")) from None
+        line = str(error).replace("another folder", "another --out")
+        raise InputError(line if folder.name == "masks" else line.partition(", or remove")[0]
+                         ) from None
 
 
 def write_missing(path, write):

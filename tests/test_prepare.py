@@ -207,7 +207,8 @@ def test_no_masks_take_neither_pycocotools_nor_outlines(tmp_path, monkeypatch, c
     assert set(before) == {"made_of.json", "classes.txt", "train.csv", "val.csv"}
     assert listed(out, "train") == {"train2014_0": ["class 1"]}
     coco_root(root, [(0, 1, 0, SQUARE)])  # the lists stay the same
-    assert "add --resume" in error_line(capsys, "coco", "--coco", root, "--out", out)
+    line = error_line(capsys, "coco", "--coco", root, "--out", out)
+    assert "add --resume to go on, or pass another --out" in line and "remove" not in line
     call("coco", "--coco", root, "--out", out, "--resume")
     masks = {f"masks/{name}" for name in ("made_of.json", "train2014_0.png", "val2014_0.png")}
     assert files_in(out).keys() == set(before) | masks and before.items() <= files_in(out).items()
