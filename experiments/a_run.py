@@ -33,8 +33,8 @@ def open_run(args):
     folder, split = args.run, Split(args.data or args.run / "data", args.split)
 
     def find(name):
-        places = folder / "cam" / name, folder / "seg" / name, folder / name
-        return next((path for path in places if path.is_file()), None)
+        paths = folder / "cam" / name, folder / "seg" / name, folder / name
+        return next((path for path in paths if path.is_file()), None)
 
     phases = {phase: title for phase, title in PHASES.items() if find(f"{phase}.pt")}
     if not phases:
@@ -130,12 +130,12 @@ def parts_of(r, phase, name, k):
 
 
 def growing_masks(inside):
-    """ANALYSIS: a true mask (R, R) -> masks (S, 1, R, R) that grow from the middle of the object to
+    """ANALYSIS: a true mask (R, R) -> masks (n, 1, R, R) that grow from the middle of the object to
     its border (share 1), then over the background (2)."""
-    R, n = len(inside), inside.sum().item()
+    R, pixels = len(inside), inside.sum().item()
     at = torch.arange(R).double()
     blur = torch.exp(-(at[:, None] - at).square() / (R * R / 32))  # a Gaussian, deviation R / 8
     depth = blur @ inside.double() @ blur                                        # (R, R)
     order = (inside + depth / depth.max()).flatten().argsort(descending=True, stable=True)
-    kept = [min(share, 1) * n + max(share - 1, 0) * (R * R - n) for share in SHARES]
-    return torch.stack([order.argsort().view(R, R) < pixels for pixels in kept]).float()[:, None]
+    kept = [min(share, 1) * pixels + max(share - 1, 0) * (R * R - pixels) for share in SHARES]
+    return torch.stack([order.argsort().view(R, R) < count for count in kept]).float()[:, None]

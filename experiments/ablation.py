@@ -68,7 +68,7 @@ PANELS = [  # of the picture: title, rows, what stands below the points, and bel
     ("co-occurrence in %", "co-occurrence {} %, the method", (50, 80, 95, 100), 95)]
 
 
-def places(args, row, seed):
+def folders(args, row, seed):
     """The folders of a row: its world, the phases it shares, its own"""
     base, world = Path(args.out) / f"seed{seed}", row.world.replace(" ", "")
     return (base / f"world{world}", base / f"chain{world}-{row.generator}",
@@ -77,10 +77,9 @@ def places(args, row, seed):
 
 def run_row(args, row, seed):
     """Train what is missing, score it: out/score.json"""
-    world, chain, out = places(args, row, seed)
-    if not (world / "vit.pth").is_file():  # the last file that it writes
-        call("prepare/toy.py", "--out", world, "--seed", seed, "--train", args.train, "--val", 1,
-             *row.world.split())
+    world, chain, out = folders(args, row, seed)
+    call("prepare/toy.py", "--out", world, "--seed", seed, "--train", args.train, "--val", 1,
+         "--resume", *row.world.split())
     inputs = ["--data", world / "data", "--clip", world / "clip.pt"]
     common = [*inputs, "--vit", world / "vit.pth", "--resnet", world / "resnet.pth", "--generator",
               row.generator, "--recipe", "toy", "--seed", seed, "--workers", 0, "--resume"]
@@ -113,7 +112,7 @@ def own_backgrounds(path, world):
 def scores(args, row):
     """For each seed that is done: mIoU, mIoU at the best score, own backgrounds, or "" without"""
     found = []
-    for _, chain, out in (places(args, row, seed) for seed in args.seeds):
+    for _, chain, out in (folders(args, row, seed) for seed in args.seeds):
         if (out / "score.json").is_file():
             score, named = json.loads((out / "score.json").read_text()), ""
             if row.scored == "refine" and not row.words:
@@ -166,7 +165,7 @@ def parse_args(argv=None):
 
 def main(args):
     for row, seed in product(ROWS, args.seeds):
-        done = (places(args, row, seed)[2] / "score.json").is_file()
+        done = (folders(args, row, seed)[2] / "score.json").is_file()
         if row.title in args.only and not done:
             run_row(args, row, seed)
     results = {row.title: scores(args, row) for row in ROWS}

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -162,7 +163,7 @@ def bench_crf(args):
     if args.measure:
         return peak_here(lambda: dense_crf(images["drawn"], torch.full((3, 375, 500), 1 / 3)), args)
     show("milliseconds, 500x375", "ours", "theirs", "ratio", "agree", "mean |dQ|")
-    for (title, image), C, name in product(images.items(), (3, 21), ("voc", "irn", "prob")):
+    for (title, image), C, name in product(images.items(), (3, 21), ("voc", "irn", "clip-es")):
         unary, *weights = PRESETS[name].values()
         prob = (2 * smooth(C, (12, 16), 375, 500)).softmax(0)
         prob = hard_unary(prob.argmax(0), C) if unary == "hard" else prob
@@ -195,25 +196,46 @@ class PlainFusion(AttentionFusion):
         return (w[:, :, None, None] * torch.cat(maps, dim=1)).mean(dim=1)
 
 
+class OneStep:
+    """common.Training with one batch, behind which the phase is left"""
+
+    class Left(Exception):
+        pass
+
+    def __init__(self, model, batch, device):
+        self.model, self.batch, self.autocast = model, batch, mixed_precision(device, "auto")[0]
+
+    def batches(self):
+        yield self.batch
+        raise self.Left
+
+    def step(self, losses, n):
+        losses["loss"].backward()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        torch.optim.AdamW(parameters, 1e-5).step()
+        self.model.zero_grad(set_to_none=True)
+
+
 def build_side(args, official):
     """The models of one side, and a batch with 1.5 classes an image, as in VOC"""
     torch.manual_seed(0)
     K, clip = 20, CLIP().to(args.device).eval().requires_grad_(official)
-    m = Namespace(clip=clip, official=official, device=torch.device(args.device),
-                  generator=MaskGenerator(ViT(), K).to(args.device),
-                  segmenter=train_seg.Segmenter(ViT(), K + 1).to(args.device),
-                  prompts=train_cam.Prompts(K, 30, clip.text_width).to(args.device),
-                  image=torch.randn(args.batch, 3, SIDE, SIDE).to(args.device),
-                  large=torch.randn(4, 3, CROP, CROP).to(args.device),
-                  labels=torch.zeros(args.batch, K), masks=torch.randint(K + 1, (4, CROP, CROP)),
-                  photo=Image.new("RGB", (500, 375)))
+    labels, device = torch.zeros(args.batch, K), torch.device(args.device)
     for b in range(args.batch):
-        m.labels[b, torch.randperm(K)[:1 + b % 2]] = 1
+        labels[b, torch.randperm(K)[:1 + b % 2]] = 1
+    m = Namespace(clip=clip, official=official, device=device,
+                  generator=MaskGenerator(ViT(), K).to(device),
+                  segmenter=train_seg.Segmenter(ViT(), K + 1).to(device),
+                  prompts=train_cam.Prompts(clip, K, 30).to(device),
+                  batch=(torch.randn(args.batch, 3, SIDE, SIDE).to(device), labels),
+                  large=(torch.randn(4, 3, CROP, CROP).to(device),
+                         torch.randint(K + 1, (4, CROP, CROP))),
+                  photo=Image.new("RGB", (500, 375)), split=Namespace(classes=range(K)))
     if official:
         m.generator.fusion.__class__ = PlainFusion
     with torch.no_grad():
-        texts = tokenize([f"a photo of class {k}." for k in range(K)]).to(args.device)
-        m.u_f, m.u_b = clip.encode_text(texts), clip.encode_prompts(m.prompts.vectors)
+        texts = tokenize([f"a photo of class {k}." for k in range(K)]).to(device)
+        m.u_f, m.u_b = clip.encode_text(texts), m.prompts()
     return m
 
 
@@ -228,29 +250,39 @@ def official_regions(clip, image, cam, labels, eps):
     return clip.encode_image(M * X), clip.encode_image((1 - M) * X), k           # (N, E) twice
 
 
-def loss_of(m, phase):
-    batch, judge = (m.image, m.labels, train_cam.recipe_of("voc", phase, {})), (m.clip, m.u_f)
-    steps = {
-        "classify": lambda: train_cam.classification_step(m.generator, *batch),
-        "match": lambda: train_cam.match_step(m.generator, *batch, *judge),
-        "prompts": lambda: train_cam.prompt_step(m.prompts, *batch, m.generator, *judge),
-        "refine": lambda: train_cam.refine_step(m.generator, *batch, *judge, m.u_b),
-        "segmentation": lambda: train_seg.segmentation_step(
-            m.segmenter, m.large, m.masks, {"clip_start": 1.2, "clip_patch": 120})}
-    return steps[phase]()[0]["loss"]
+def run_phase(m, phase):
+    """One step of a phase, with these models in the place of those that it builds or loads"""
+    args = Namespace(out=Path(), vit="", labels="", recipe="voc", seed=0, generator="vit")
+    if phase == "segmentation":
+        function, script, batch, models = train_seg.segmentation, train_seg, m.large, {
+            "Segmenter": m.segmenter, "load_backbone": None, "Labelled": None}
+        recipe, given = {key: row[0] for key, row in train_seg.TABLE.items()}, ()
+    else:
+        function, script, batch, models = train_cam.PHASES[phase], train_cam, m.batch, {
+            "MaskGenerator": m.generator, "load_generator": m.generator, "load_vit": None,
+            "Prompts": m.prompts, "load_prompts": m.u_b}
+        recipe = train_cam.recipe_of("voc", phase, {})
+        given = (m.clip, m.u_f)[:0 if phase == "classify" else 2]
+    model = {"prompts": m.prompts, "segmentation": m.segmenter}.get(phase, m.generator)
+    loop = {"Training" if phase == "segmentation" else "training": OneStep(model, batch, m.device)}
+    with ExitStack() as patches, suppress(OneStep.Left):
+        for name, found in (models | loop).items():
+            patches.enter_context(mock.patch.object(script, name, return_value=found))
+        function(args, recipe, {}, m.split, m.device, *given)
 
 
-def official_loss(m, phase):
+def run_official(m, phase):
     """The same, but CLIP's weights are trainable, so their gradients are computed and dropped; the
     K prompts are encoded in each step; the maps of all layers are kept and fused at once"""
     if phase in ("classify", "segmentation"):
         with mock.patch.object(F, "scaled_dot_product_attention", plain_attention):
-            return loss_of(m, phase)
+            return run_phase(m, phase)
     if phase == "refine":
-        with torch.no_grad():
-            m.u_b = m.clip.encode_prompts(m.prompts.vectors)                     # (K, E)
+        with torch.no_grad(), mixed_precision(m.device, "auto")[0]:
+            m.u_b = m.prompts()                                                  # (K, E)
     with mock.patch.object(train_cam, "embed_regions", official_regions):
-        return loss_of(m, phase)
+        run_phase(m, phase)
+    m.clip.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -268,19 +300,11 @@ def export(m):
 
 
 def one_step(m, phase):
-    """Loss, gradients and update; or an export"""
+    """A step, or an export"""
     if phase == "export":
         return export(m)
     m.generator.requires_grad_(phase == "classify")
-    if phase in ("match", "refine"):
-        m.generator.train_through_clip()
-    model = {"prompts": m.prompts, "segmentation": m.segmenter}.get(phase, m.generator)
-    with mixed_precision(m.device, "auto")[0]:
-        value = (official_loss if m.official else loss_of)(m, phase)
-    value.backward()
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5).step()
-    model.zero_grad(set_to_none=True)
-    m.clip.zero_grad(set_to_none=True)
+    (run_official if m.official else run_phase)(m, phase)
 
 
 def bench_step(args):

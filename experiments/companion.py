@@ -31,7 +31,7 @@ from a_run import (  # noqa: E402
     PHASES, SHARES, cams_of, forward, growing_masks, labels_of, open_run, parts_of, truth, view,
     with_one_class)
 from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
-from common import InputError, claim, label_picture, run, writing  # noqa: E402
+from common import InputError, label_picture, read_record, run, writing  # noqa: E402
 from eval import TEST, confusion_matrix, iou, predict_labels  # noqa: E402
 from make_pseudo import (  # noqa: E402
     BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels, with_background)
@@ -202,17 +202,17 @@ def growing(r, out):
     """3. ANALYSIS: cosines and losses of growing masks: hard ones, and soft ones as S makes them,
     by region_masks of a coarse map. Soft ones end before 2: a constant map has no mask."""
     kept, found = {}, {"hard masks": [], "soft masks": []}
-    places = r.recipe["crop"] // r.generators["match"].backbone.patch
+    cells = r.recipe["crop"] // r.generators["match"].backbone.patch
     for name, k in with_one_class(r, r.true, 24):
         hard = growing_masks(torch.from_numpy(truth(r, name, k, (r.clip.resolution,) * 2)))
-        soft = F.adaptive_avg_pool2d(hard, places)[:-1, 0]                       # (S - 1, h, w)
+        soft = F.adaptive_avg_pool2d(hard, cells)[:-1, 0]                        # (n - 1, h, w)
         soft = region_masks(soft, hard.shape[2:], r.recipe["eps"])
         for kind, masks in zip(found, (hard, soft)):
-            X = view(r, name).expand(len(masks), -1, -1, -1)                     # (S, 3, R, R)
+            X = view(r, name).expand(len(masks), -1, -1, -1)                     # (n, 3, R, R)
             kept.setdefault(kind, dict(zip(SHARES, map(as_picture, X * masks))))
             rows = [judged(r, v_f[None], v_b[None], k)
                     for v_f, v_b in zip(*embed_masked(r.clip, X, masks))]
-            found[kind].append([[*row.values()] for row in rows])                # (S, keys)
+            found[kind].append([[*row.values()] for row in rows])                # (n, keys)
     curves = {kind: dict(zip(rows[0], np.mean(photos, axis=0).T)) for kind, photos in found.items()}
     shown = (0.25, 0.5, 1, 1.25, 1.5, 2)
     pictures = [[regions[x] for x in shown if x in regions] for regions in kept.values()]
@@ -366,12 +366,16 @@ def parse_args(argv=None):
 
 
 def main(args):
-    r, out, tables = open_run(args), args.run / "companion", {}
-    for path in (args.run / "strip.png", args.run / "index.html"):
-        if path.exists() and not (out / "made_of.json").is_file():
-            raise InputError(f"{path}: no run of ours made it, as companion/made_of.json is not "
-                             "there; move it away")
-    claim(out, CAPTIONS, {"companion": r.split.digest}, reads=r.split.folders)
+    out, tables = args.run / "companion", {}
+    files = [args.run / "strip.png", args.run / "index.html", *(
+        out / file for file in ("made_of.json", "tables.json", *CAPTIONS))]
+    drawn_here = (read_record(out) or {}).get("script") == "companion.py"
+    if there := [path for path in files if path.exists() and not drawn_here]:
+        raise InputError(f"{there[0]}: is there already, and no companion/made_of.json says that "
+                         "companion.py drew it; move it away")
+    r = open_run(args)
+    with writing(out / "made_of.json") as temporary:
+        temporary.write_text(json.dumps({"script": "companion.py", "photos": r.split.digest}))
     for section, needs in SECTIONS.items():
         if needs <= r.has:
             tables |= section(r, out) or {}

@@ -123,7 +123,8 @@ def main(args):
     data, cam, steps = f"--data {out}/data", f"{out}/cam", "".join(
         f" --{key} {value}" for key in ("steps", "batch") if (value := getattr(args, key)))
     if args.voc:
-        step("Lists and masks", "prepare/voc.py", f"--voc {shlex.quote(args.voc)} --out {out}/data")
+        step("Lists and masks", "prepare/voc.py", f"--voc {shlex.quote(args.voc)} --out {out}/data "
+             "--resume")
         split = "train_aug" if (folder / "data/train_aug.csv").is_file() else "train_xml"
         common = f"{data} --recipe voc --seed {args.seed} --resume"
         clip, vit, cnn = shlex.quote(args.clip), f"--vit {shlex.quote(args.vit)}{steps}", ""
@@ -137,8 +138,7 @@ def main(args):
         return
     if not args.voc:
         step("A small VOC in which objects stand on their own backgrounds, a small CLIP, a "
-             "backbone", "prepare/toy.py", f"--out {out} --seed {args.seed}", args.world,
-             unless=(folder / "vit.pth").is_file())  # the last file that it writes
+             "backbone", "prepare/toy.py", f"--out {out} --seed {args.seed} --resume", args.world)
 
     for phase, title in TITLES.items():
         if phase == "classify" and args.official:

@@ -2,7 +2,7 @@
 
 Starts from the demo's checkpoints of the earlier phases, with its seed. Scores the CAMs as the demo
 does: mIoU at the background score 0.43, and at the best one, found with masks (analysis). Writes
-RUN/exercise, which the next exercise replaces.
+RUN/exercise-1, the next one RUN/exercise-2.
 
   python experiments/exercise.py --phases match --set lambda_b=0
   python experiments/exercise.py --phases classify match --world "--cooccurrence 1"
@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,19 +46,14 @@ def parse_args(argv=None):
 
 
 def main(args):
-    began, folder = time.time(), args.run / "exercise"
-    cam, mark = folder / "cam", folder / "exercise.txt"
+    began = time.time()
+    folder = next(path for n in count(1) if not (path := args.run / f"exercise-{n}").exists())
+    cam = folder / "cam"
     if not (args.run / "full.json").is_file():  # the last score
         raise InputError(f"{args.run}: no full.json; expected a finished demo; run make demo")
-    if folder.exists() and not mark.is_file():
-        raise InputError(f"{folder}: no exercise made it, as {mark.name} is not there; expected "
-                         "none, or that of an earlier exercise; move it away")
     begun = json.loads((args.run / "demo.json").read_text())
     key = args.set.split("=")[0]  # one that no phase has goes to all, and is refused
     having = [phase for phase in args.phases if key in recipe_of("toy", phase, {})] or args.phases
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    mark.write_text("Made by experiments/exercise.py. The next exercise deletes this folder.\n")
     shutil.copytree(args.run / "cam", cam)
     world = folder if args.world else args.run
     if args.world:
@@ -84,7 +80,7 @@ def main(args):
         miou, best = (json.loads(path.read_text())[key] for key in ("miou", "oracle"))
         print(f"{title:<24}{miou:>8.1f}   {best['miou']:.1f} at {best['background_score']}")
     print((cam / "prompts.txt").read_text() if "prompts" in args.phases else "")
-    print(f"{(time.time() - began) / 60:.1f} minutes")
+    print(f"{folder}: {(time.time() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 The mask is a coarse grid of logits, up-sampled. It minimises L_match [eq. 1], then L_total [eq. 3]
 with a background word, or a prompt of train_cam.py, weighted as on the toy world. Reads no mask.
 
-  python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky
-                                  --image runs/toy/data/images/train_00038.jpg
+  python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky \
+      --image runs/toy/data/images/train_00038.jpg
   python experiments/one_photo.py --clip ViT-B/32 --image mine.jpg --class dog --background grass
 """
 import argparse

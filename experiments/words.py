@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import class_texts, load_clip  # noqa: E402
-from common import InputError, Split, kept, run, save, start_processes  # noqa: E402
+from common import InputError, Split, earlier_run, run, save, start_processes  # noqa: E402
 from train_cam import write_words  # noqa: E402
 
 
@@ -34,6 +34,9 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if Path(args.words).resolve() == (args.out / "prompts.txt").resolve():
+        raise InputError(f"{args.words}: --out writes a prompts.txt there; pass another --out")
+    earlier_run(args.out / "prompts", {}, False, (".txt",))  # refuses files that are not ours
     device = start_processes("auto")
     split, clip = Split(args.data, args.split), load_clip(args.clip, device)
     rows = [line.partition(":") for line in Path(args.words).read_text("utf-8").splitlines()]
@@ -43,10 +46,9 @@ def main(args):
                          f"line `class: word, word` for each of {', '.join(split.classes)}")
     u_b = torch.stack([F.normalize(class_texts(clip, words[name]), dim=1).mean(dim=0)
                        for name in split.classes])                               # (K, E)
-    record = {"words by hand": words, "clip": clip.sha256}
-    kept(args.out / "prompts.pt", record, False)  # refuses a file that is not ours
-    write_words(args.out, u_b, split, clip)
+    record = {"script": "words.py", "words by hand": words, "clip": clip.sha256}
     save(args.out / "prompts.pt", {"u_b": u_b.cpu(), "classes": split.classes, "record": record})
+    write_words(args.out, u_b, split, clip)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ image's objects, crowds too. pycocotools draws the masks as SemPLeS's script doe
 overlap, the first annotation wins; crowds are drawn as their class.
 """
 import argparse
-import csv
 import json
 import os
 import sys
@@ -26,7 +25,8 @@ except ImportError:
     coco_mask = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, Split, claim, digest, run, write_labels, writing  # noqa: E402
+from common import InputError, digest, label_picture, run  # noqa: E402
+from layout import claim_all, write_lists, write_missing  # noqa: E402
 
 OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
 MISSING_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1 to 90: they name no class
@@ -75,8 +75,8 @@ def parse_args(argv=None):
     add("--out", metavar="ROOT", help="where classes.txt, csv and masks go; None: DIR itself")
     add("--masks", action=argparse.BooleanOptionalAction, default=True,
         help="draw masks/NAME.png with pycocotools: eval.py needs them, training does not")
-    add("--resume", action="store_true", help="keep the masks that a killed run of the same "
-        "annotations has drawn; without it all are drawn again")
+    add("--resume", action="store_true", help="go on with a run of the same inputs, whose finished "
+        "files are kept")
     return parser.parse_args(argv)
 
 
@@ -90,33 +90,34 @@ def main(args):
         if sources[split] is None:
             raise InputError(f"{files[0]}: no such file; expected the official annotations; unpack "
                              "them there, or pass another --coco")
-    if args.masks:
-        record = {split: digest(path) for split, path in sources.items()}
-        claim(out / "masks", {"any.png", *(path.name for path in out.glob("masks/*.png"))},
-              record | {"overlaps": "the first annotation wins"}, args.resume,
-              [coco / path.stem.removeprefix("instances_") for path in sources.values()])
+    found, tables, folders = {}, {}, []
     for split, source in sources.items():
         print(f"reading {source}", flush=True)
-        classes, images = read_instances(source)
-        official = OFFICIAL.get(source.stem, len(images))
-        if len(images) > 1000 and len(images) != official:
-            raise InputError(f"{source}: {len(images):,} images with objects; expected "
+        classes, found[split] = read_instances(source)
+        official = OFFICIAL.get(source.stem, len(found[split]))
+        if len(found[split]) > 1000 and len(found[split]) != official:
+            raise InputError(f"{source}: {len(found[split]):,} images with objects; expected "
                              f"{official:,}; download it again, or rename a json of your own")
-        with writing(out / "classes.txt") as path:  # outlines refer to the stored pixels
-            path.write_text("\n".join([Split.AS_STORED, *classes]) + "\n", encoding="utf-8")
-        photos = coco.resolve() / source.stem.removeprefix("instances_")
-        photos = Path(os.path.relpath(photos, out.resolve()))  # Split tells which are not there
-        table = [[(photos / name).as_posix(),
-                  ";".join(classes[k] for k in sorted({k for k, _ in objects}))]
-                 for name, _, objects in images]
-        with writing(out / f"{split}.csv") as path, open(path, "w", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(table)
+        folders.append(coco.resolve() / source.stem.removeprefix("instances_"))
+        photos = Path(os.path.relpath(folders[-1], out.resolve()))  # Split tells which are missing
+        tables[split] = [((photos / name).as_posix(),
+                          ";".join(classes[k] for k in sorted({k for k, _ in objects})))
+                         for name, _, objects in found[split]]
+    parts = {out: (["classes.txt", "train.csv", "val.csv"],
+                   {"script": "coco.py", "lists": digest([classes, tables])})}
+    if args.masks:
+        files = [f"{Path(name).stem}.png" for images in found.values() for name, *_ in images]
+        parts[out / "masks"] = files, {
+            "script": "coco.py", **{split: digest(path) for split, path in sources.items()},
+            "overlaps": "the first annotation wins"}
+    claim_all(parts, args.resume, folders)
+    write_lists(out, classes, tables)
+    for split, images in found.items():
+        print(f"{out / split}.csv: {len(images):,} images")
         for name, size, objects in tqdm(images if args.masks else [], f"masks of {split}",
                                         disable=None):
-            path = out / "masks" / f"{Path(name).stem}.png"
-            if not path.is_file():
-                write_labels(path, draw_objects(size, objects, f"{source}: {name}"))
-        print(f"{out / split}.csv: {len(images):,} images")
+            write_missing(out / f"masks/{Path(name).stem}.png", lambda path: label_picture(
+                draw_objects(size, objects, f"{sources[split]}: {name}")).save(path))
     print(f"next:\n    python train_cam.py --data {out} --recipe coco --out runs/coco")
 
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from coco import MISSING_IDS, coco_mask  # noqa: E402
-from common import InputError, Split, claim, folder_digest, run, writing  # noqa: E402
+from common import (  # noqa: E402
+    InputError, Split, check_folder, claim, digest, folder_digest, run, writing)
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------
@@ -204,8 +205,8 @@ def parse_args(argv=None):
     source.add_argument("--cams", metavar="THEIRS", help="folder of NAME.npy, pickled dicts")
     source.add_argument("--segments", metavar="SAM", help="folder of NAME.json or NAME.npz")
     add("--out", required=True, metavar="DIR", help="another folder, where the results go")
-    add("--resume", action="store_true", help="keep the finished files of a killed run of the same "
-        "inputs; without it all are made again")
+    add("--resume", action="store_true", help="go on with a run of the same inputs, whose finished "
+        "files are kept")
     return parser.parse_args(argv)
 
 
@@ -216,9 +217,15 @@ def main(args):
         raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
     names = [name for name in split.names if args.segments or split.labels[name].any()]
     files = [f"{name}.npy" if args.cams else segment_file(source, name).name for name in names]
-    record = {"cams" if args.cams else "segments":
-              folder_digest(source, files, "pass the list that the program was given"),
-              "photos": split.digest}
+    there = folder_digest(source, files, "pass the list that the program was given")
+    record = {"script": "foreign.py", "photos": split.digest,
+              "files": digest([there, *(digest(source / file) for file in files)])}
+    if args.cams:  # as train_cam.py's export has it, for make_pseudo.py and eval.py
+        shown = {name: split.present(name).tolist() for name in split.names}
+        record |= {"classes": split.classes, "shown": shown}
+    written = [name + ending for name in split.names]
+    target = out, written, record, args.resume, [*split.folders, source]
+    check_folder(*target)
     if args.cams:
         every = numberings(len(split.classes))
         keys = [set(read_maps(source / file)) for file in tqdm(files, "read", disable=None)]
@@ -229,14 +236,13 @@ def main(args):
                              f"{', '.join(every)}; pass the labels that the program was given")
         numbers, _ = every[numbering]
         print(f"{source}: classes are numbered {numbering}")
-    claim(out, [name + ending for name in split.names], record, args.resume,
-          [*split.folders, source])
+    claim(*target)
     left = [name for name in names if not (out / (name + ending)).is_file()]
     for name in tqdm(left, "converted", disable=None):
         if args.cams:
             maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in split.present(name)])
         else:
-            picture = Image.fromarray(read_segments(source, name, split.image(name).size[::-1]))
+            picture = Image.fromarray(read_segments(source, name, split.size(name)))
         with writing(out / (name + ending)) as path:
             np.save(path, maps) if args.cams else picture.save(path)
     print(f"{out}: {len(names)} files, {len(left)} of them new")

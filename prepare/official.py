@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from coco import MISSING_IDS  # noqa: E402
 from common import (  # noqa: E402
-    InputError, Split, digest, kept, load_weights, read_tensors, run, save)
-from mask_generator import MaskGenerator, ViT, vit_sizes  # noqa: E402
-from train_seg import Segmenter  # noqa: E402
+    InputError, Split, digest, earlier_run, load_weights, read_tensors, run, save)
+from mask_generator import MaskGenerator, ViT, generator_state, vit_sizes  # noqa: E402
+from train_seg import Segmenter, segmenter_state  # noqa: E402
 
 CAM_NAMES = {"(cls_token|pos_embed|patch_embed|blocks|norm)": r"backbone.\1",  # how a key begins
              "adaptive_attention_fusion.attn_feat_ffn": "fusion.pool",
@@ -105,6 +105,7 @@ def parse_args(argv=None):
 def main(args):
     split, path = Split(args.data, args.split), args.cam or args.seg
     checkpoint = Path(args.out, "classify.pt" if args.cam else "seg.pt")
+    earlier_run(checkpoint.with_suffix(""), {}, False, ())  # refuses a file that is not ours
     expected = f"WeakTr's {'CAM' if args.cam else 'segmentation'} checkpoint"
     allow_numbers()
     try:
@@ -113,12 +114,10 @@ def main(args):
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit ({error!r:.150}); expected {expected}") from None
     model = load_weights(make, ours, path, expected)
-    record = {"official": digest(Path(path))}
-    record |= {"pool": args.pool} if args.cam else {"side": 520}  # of a photo at scale 1, in pixels
-    own = {"generator": ours, "options": model.options} if args.cam else {"segmenter": ours}
-    kept(checkpoint, record, False)  # refuses to replace a file that is not ours
-    save(checkpoint, {**own, "vit": model.backbone.sizes, "classes": split.classes,
-                      "recipe": args.recipe, "record": record})
+    own = generator_state(model, split.classes) if args.cam else segmenter_state(
+        model, args.recipe, 520, split.classes)  # a photo's short side at scale 1
+    save(checkpoint, own | {"record": {"script": "official.py", "official": digest(Path(path)),
+                                       "pool": args.pool, "recipe": args.recipe}})
     flags = f"--data {args.data} --split {args.split} --recipe {args.recipe} --out {args.out}"
     print("next:\n    python " + (f"train_cam.py {flags} --phase match --resume" if args.cam else
                                   f"eval.py --data {args.data} --checkpoint {checkpoint}"))

@@ -1,6 +1,6 @@
 """The toy world's small CLIP, ViT and ResNet: how the weights in toy_weights.npz were trained.
 
-  python prepare/toy.py --retrain image text vit resnet  # again: 20, 2, 35 and 15 minutes
+  python prepare/toy_pretrain.py image text vit resnet  # all again: 20, 2, 35 and 15 minutes
 
 All learn from scenes in which objects and backgrounds are NOT tied. The CLIP learns by regression.
 Axis 0 of its space is shared by everything (real CLIP's cosines are all positive), axis 1 + i
@@ -13,6 +13,8 @@ surroundings, so CLIP's "boat" also means some water, and matching alone leaks. 
 object reads as its name best with a quarter of its surroundings, and with half of them about as
 well as alone (`curves`, printed for every world). FILLERS mean nothing; no noun of the list is one.
 """
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +24,30 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize
-from common import IMAGENET_MEAN, IMAGENET_STD, writing
-from mask_generator import ResNet, ViT
-from toy import BACKGROUNDS, OBJECTS, THINGS, USUAL, S, scene
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize  # noqa: E402
+from common import IMAGENET_MEAN, IMAGENET_STD, run, writing  # noqa: E402
+from mask_generator import ResNet, ViT  # noqa: E402
+from toy_scenes import BACKGROUNDS, OBJECTS, SIDE, THINGS, USUAL, scene  # noqa: E402
 
 WEIGHTS = Path(__file__).with_name("toy_weights.npz")
 SHARED, TIE = 0.75, 0.3
-SIZES = dict(resolution=S, patch=8, width=128, layers=4, text_width=128, text_layers=2,
+SIZES = dict(resolution=SIDE, patch=8, width=128, layers=4, text_width=128, text_layers=2,
              embed_dim=64)
-VIT = dict(patch=4, width=128, layers=4, grid=(S // 4, S // 4))
+VIT = dict(patch=4, width=128, layers=4, grid=(SIDE // 4, SIDE // 4))
 RESNET = dict(block="BasicBlock", layers=(1, 1, 1, 1), first=24, stem=3)
 FILLERS = ["a", "the", "of", "and", "with", "on", "in"]
 
 
 def untied_scenes(count, seed, empty):
-    """-> images uint8 (count, 3, S, S), parts uint8 (count, S, S); a share `empty` of places has no
+    """-> images uint8 (count, 3, H, W), parts uint8 (count, H, W); a share `empty` of halves has no
     object"""
     rng, scenes = np.random.default_rng(seed), []
     for _ in tqdm(range(count), desc="scenes", disable=None):
-        places = 2 if rng.random() < 0.35 else 1
+        halves = 2 if rng.random() < 0.35 else 1
         scenes.append(scene(rng, [
             (None if rng.random() < empty else rng.choice(OBJECTS), rng.choice(BACKGROUNDS))
-            for _ in range(places)]))
+            for _ in range(halves)]))
     images, parts = (torch.from_numpy(np.stack(each)) for each in zip(*scenes))
     return images.permute(0, 3, 1, 2), parts
 
@@ -55,30 +58,30 @@ def normalized(images, mean, std):
 
 
 def warped(x, parts, scale):
-    """x (B, 3, S, S), parts (B, C, S, S): mirrored, moved, and enlarged by 1 / scale (B,)"""
+    """x (B, 3, H, W), parts (B, C, H, W): mirrored, moved, and enlarged by 1 / scale (B,)"""
     B = len(x)
     theta = torch.zeros(B, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = scale * torch.where(torch.rand(B) < 0.5, -1.0, 1.0), scale
     theta[:, :, 2] = (2 * torch.rand(B, 2) - 1) * (1 - scale[:, None])
-    grid = F.affine_grid(theta, (B, 3, S, S), align_corners=False)
+    grid = F.affine_grid(theta, (B, 3, SIDE, SIDE), align_corners=False)
     return [F.grid_sample(values, grid, mode, padding_mode="reflection", align_corners=False)
             for values, mode in ((x, "bilinear"), (parts, "nearest"))]
 
 
 def regions(images, parts, B):
-    """Random crops through random masks, soft and hard: M X (B, 3, S, S), visibilities (B, 12)"""
+    """Random crops through random masks, soft and hard: M X (B, 3, H, W), visibilities (B, 12)"""
     index = torch.randint(len(images), (B,))
-    p = F.one_hot(parts[index].long(), len(THINGS)).permute(0, 3, 1, 2).float()  # (B, 12, S, S)
+    p = F.one_hot(parts[index].long(), len(THINGS)).permute(0, 3, 1, 2).float()  # (B, 12, H, W)
     scale = torch.where(torch.rand(B) < 0.4, 1.0, 0.45 + 0.55 * torch.rand(B))
     x, p = warped(normalized(images[index], CLIP_MEAN, CLIP_STD), p, scale)
     pick = lambda probability: torch.rand(B, 1, 1, 1) < probability  # noqa: E731
     share = torch.rand(B, len(THINGS))  # of each thing: hidden, shown, or in between
     share = torch.where(torch.rand_like(share) < 0.35, 0.0,
                         torch.where(torch.rand_like(share) < 0.45, 1.0, share))
-    m = (share[:, :, None, None] * p).sum(dim=1, keepdim=True)                   # (B, 1, S, S)
-    coarse = F.interpolate(F.adaptive_avg_pool2d(m, 16), size=S, mode="bilinear")
+    m = (share[:, :, None, None] * p).sum(dim=1, keepdim=True)                   # (B, 1, H, W)
+    coarse = F.interpolate(F.adaptive_avg_pool2d(m, 16), size=SIDE, mode="bilinear")
     m = torch.where(pick(0.6), coarse, m)
-    blobs = F.interpolate(torch.rand(B, 1, 5, 5), size=S, mode="bicubic").clamp(0, 1)
+    blobs = F.interpolate(torch.rand(B, 1, 5, 5), size=SIDE, mode="bicubic").clamp(0, 1)
     soft = pick(0.2)
     hard = torch.where(pick(0.2), (blobs > 0.2 + 0.6 * torch.rand(B, 1, 1, 1)).float(), m)
     m = torch.where(soft, blobs, hard)
@@ -226,7 +229,7 @@ def train_vit(steps=4200):
 
 
 def train_resnet(steps=1500):
-    """Answers: the logits of all places. Batch norm is measured once more at the end, on views."""
+    """Answers: the logits of all cells. Batch norm is measured once more at the end, on views."""
     backbone, head = ResNet(**RESNET, norm=nn.BatchNorm2d), nn.Conv2d(8 * RESNET["first"], 12, 1)
 
     def answers(view):
@@ -267,9 +270,9 @@ def train_backbone(title, parameters, answers, steps, B=48):
         index = torch.randint(len(x), (B,))
         scale = torch.where(torch.rand(B) < 0.4, 1.0, 1 / (1 + torch.rand(B)))
         view, part = warped(x[index], parts[index][:, None].float(), scale)
-        part = part[:, 0].long()                                                 # (B, S, S)
+        part = part[:, 0].long()                                                 # (B, H, W)
         side, count = ((12, 8), (16, 6), (24, 3))[rng.integers(3)]  # fewer of larger windows
-        top, left = 4 * torch.randint((S - side) // 4 + 1, (2, B * count))  # on the patch grid
+        top, left = 4 * torch.randint((SIDE - side) // 4 + 1, (2, B * count))  # on the patch grid
         window = windows(view.movedim(1, 3), top, left, side).movedim(3, 1)  # (N, 3, side, side)
         labels = shows(windows(part, top, left, side), 6)                        # (N, 12)
         whole, near = answers(view), answers(window)
@@ -317,27 +320,38 @@ def models_for(pairs):
     return clip, vit, backbone
 
 
-def retrain(parts):
-    """Train these parts of the committed weights again, each from a seed of its own."""
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Trains parts of toy_weights.npz again.")
+    parser.add_argument("parts", nargs="+", choices=["image", "text", "vit", "resnet"],
+                        help="the CLIP's towers, and the backbones; the other parts stay")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Each part from a seed of its own"""
     torch.manual_seed(0)
     clip = CLIP(**SIZES)
     used = tokenize([f"a photo of {word}." for word in [*read_nouns(), *THINGS, *FILLERS]]).unique()
     with torch.no_grad():  # words that no text of these has get an embedding of zeros
         clip.token_embedding.weight.zero_()[used] = 0.1 * torch.randn(len(used), clip.text_width)
     committed, vit, backbone = unpack()
-    if "image" in parts:
+    if "image" in args.parts:
         train_image_tower(clip)
         committed.visual = clip.visual
-    if "text" in parts:
+    if "text" in args.parts:
         clip.visual = committed.visual
         torch.manual_seed(1)
         train_text_tower(clip, USUAL, steps=2000)
     else:
         clip = committed
-    if "vit" in parts:
+    if "vit" in args.parts:
         torch.manual_seed(2)
         vit = train_vit()
-    if "resnet" in parts:
+    if "resnet" in args.parts:
         torch.manual_seed(3)
         backbone = train_resnet()
     pack(clip, vit, backbone)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -10,7 +10,6 @@ an image's XML boxes, difficult ones too. A test list without XML gets none. Mas
 SegmentationClass, and from SegmentationClassAug where only that has one.
 """
 import argparse
-import csv
 import os
 import shutil
 import sys
@@ -21,7 +20,8 @@ from torchvision.datasets import VOCSegmentation
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, Split, claim, digest, run, writing  # noqa: E402
+from common import InputError, Split, digest, run  # noqa: E402
+from layout import claim_all, write_lists, write_missing  # noqa: E402
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
            "diningtable: dining table", "dog", "horse", "motorbike", "person: player",
@@ -67,10 +67,14 @@ def download(folder, voc):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepares VOC 2012, or data in its layout.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--download", metavar="DIR", help="download, check and unpack it: DIR/VOCdevkit/VOC2012")
-    add("--voc", metavar="PATH", help="an unpacked VOC2012, or the like with its classes.txt")
-    parser.add_argument("--out", metavar="ROOT", help="where results go; None: the VOC folder")
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--download", metavar="DIR", help="download, check and unpack it: "
+                        "DIR/VOCdevkit/VOC2012")
+    source.add_argument("--voc", metavar="PATH", help="an unpacked VOC2012, or the like with its "
+                        "classes.txt")
+    add("--out", metavar="ROOT", help="where results go; None: the VOC folder")
+    add("--resume", action="store_true", help="go on with a run of the same inputs, whose finished "
+        "files are kept")
     return parser.parse_args(argv)
 
 
@@ -113,23 +117,23 @@ def main(args):
     # ---- Write -----------------------------------------------------------------------------------
     masks = {path.name: path for name in ("SegmentationClassAug", "SegmentationClass")
              for path in sorted(voc.glob(f"{name}/*.png"))}
-    if masks:
-        sizes = [[name, path.stat().st_size] for name, path in masks.items()]
-        claim(out / "masks", masks, {"masks": digest(sizes)},
-              reads={path.parent for path in masks.values()})
-    with writing(out / "classes.txt") as path:  # boxes and masks refer to the stored pixels
-        path.write_text("\n".join([Split.AS_STORED, *lines]) + "\n", encoding="utf-8")
     photos = Path(os.path.relpath(voc.resolve(), out.resolve())) / "JPEGImages"
+    tables = {split: [((photos / f"{name}.jpg").as_posix(), ";".join(labels.get(name, [])))
+                      for name in names] for split, names in lists.items()}
+    files = [f"{split}.csv" for split in tables]
+    if out.resolve() != voc.resolve() or not (voc / "classes.txt").is_file():
+        files.append("classes.txt")  # its own stays as it is
+    parts = {out: (files, {"script": "voc.py", "lists": digest([lines, tables])})}
+    if masks:
+        made_of = digest([[name, digest(path)] for name, path in masks.items()])
+        parts[out / "masks"] = masks, {"script": "voc.py", "masks": made_of}
+    claim_all(parts, args.resume, [voc / "JPEGImages", *{path.parent for path in masks.values()}])
+    write_lists(out, lines, tables)
     for split, names in lists.items():
-        table = [[(photos / f"{name}.jpg").as_posix(), ";".join(labels.get(name, []))]
-                 for name in names]
-        with writing(out / f"{split}.csv") as path, open(path, "w", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(table)
         print(f"{out / split}.csv: {len(names):,} images"
               + (", without labels" if unlabelled.intersection(names) else ""))
     for name, mask in tqdm(masks.items(), "masks", disable=None):
-        with writing(out / "masks" / name) as path:
-            shutil.copyfile(mask, path)
+        write_missing(out / "masks" / name, lambda path: shutil.copyfile(mask, path))
     split = "train_aug" if "train_aug" in lists else "train_xml"
     print(f"next:\n    python train_cam.py --data {out} --split {split} --out runs/voc")
 

@@ -99,8 +99,12 @@ def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
     before = files_in(mine)
     call("companion", *flags)
     assert files_in(mine) == before
-    (mine / "companion/made_of.json").unlink()
-    assert "no run of ours made it" in error_line(capsys, "companion", *flags)
+    for text in ('{"script": "coco.py"}', None):
+        note = mine / "companion/made_of.json"
+        note.write_text(text) if text else note.unlink()
+        before = files_in(mine)
+        assert "strip.png: is there already, and no" in error_line(capsys, "companion", *flags)
+        assert files_in(mine) == before
 
 
 def test_parts_of_the_generator_make_the_fine_map(run):
@@ -128,6 +132,16 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     assert "expected a line" in error_line(capsys, "words", *flags)
     file.write_text("\n".join(lines))
     call("words", *flags)
+    before = files_in(tmp_path)
+    call("words", *flags)  # replaces its own
+    assert files_in(tmp_path) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/prompts.txt").write_text("\n".join(lines))
+    flags[5] = tmp_path / "mine"
+    assert "prompts.txt: of another run" in error_line(capsys, "words", *flags)
+    flags[7] = tmp_path / "mine/prompts.txt"
+    assert "--out writes a prompts.txt there" in error_line(capsys, "words", *flags)
+    assert (tmp_path / "mine/prompts.txt").read_text() == "\n".join(lines)
     texts = F.normalize(class_texts(load_clip(toy / "clip.pt"), ["water", "sky"]), dim=1)
     shutil.copy(chain / "cam/classify.pt", tmp_path)
     state = cam(tmp_path, "--phase", "refine")  # reads them
@@ -153,16 +167,16 @@ def test_one_photo(toy, chain, tmp_path):
     assert own < other - 0.05 and own < matched - 0.05
 
 
-def test_an_exercise_runs_and_keeps_what_is_not_its_own(run, capsys):
+def test_an_exercise_takes_a_new_folder(run, capsys):
     flags = ["--run", run, "--steps", 2, "--phases", "match", "--set", "lambda_b=0"]
-    (run / "exercise").mkdir()
-    assert "no exercise made it" in error_line(capsys, "exercise", *flags)
-    (run / "exercise").rmdir()
+    (run / "exercise-1").mkdir()
+    before = files_in(run)
     call("exercise", *flags)
     rows = re.findall(r"^match, (demo|yours) +[\d.]+ +[\d.]+ at 0", capsys.readouterr().out, re.M)
-    assert rows == ["demo", "yours"]
-    call("exercise", "--run", run, "--phases", "prompts", "--steps", 1)  # in place of the first
-    assert not (run / "exercise/match.json").is_file()
+    assert rows == ["demo", "yours"] and not files_in(run / "exercise-1")
+    call("exercise", "--run", run, "--phases", "prompts", "--steps", 1)
+    assert (run / "exercise-2/match.json").is_file() and (run / "exercise-3/cam").is_dir()
+    assert before.items() <= files_in(run).items()
 
 
 @pytest.mark.parametrize("what", ["clip", "step"])
@@ -184,7 +198,7 @@ def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
     args = ablation.parse_args([str(flag) for flag in flags])
     for i, row in enumerate(ablation.ROWS[:-1]):
         for seed in (0, 1) if row.title != "L_T none" else (0,):
-            _, chain, out = ablation.places(args, row, seed)
+            _, chain, out = ablation.folders(args, row, seed)
             for folder in (chain, out):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "prompts.txt").write_text("boat: water 0.9, sky 0.5\ntrain: sky 0.9\n")

@@ -9,11 +9,11 @@ import coco
 import numpy as np
 import pytest
 import torch
-from conftest import call, error_line
+from conftest import call, error_line, files_in
 from foreign import foreign_cams
 from PIL import Image
 
-from common import InputError, Split
+from common import InputError, Split, read_record
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 pytestmark = pytest.mark.filterwarnings(  # pycocotools' own, with NumPy 2
@@ -118,6 +118,37 @@ def test_maps_by_coco_category_ids(keys, numbering, tmp_path, capsys):
     assert numbering in capsys.readouterr().out
     found = np.load(tmp_path / "cams/b.npy")[:, 0, 0] * 100
     assert found.round().tolist() == [i - ("less" in numbering) for i in rows["b"]]
+
+
+def test_new_cams_of_the_same_size_are_noticed(flags, data, tmp_path, capsys):
+    numbers = {"a": [0], "b": [1, 2], "d": [0, 1, 2], "e": [2]}
+    write_dicts(tmp_path / "theirs", numbers)
+    call("foreign", *flags)
+    before = files_in(tmp_path / "cams")
+    (tmp_path / "cams/a.npy").unlink()
+    (tmp_path / "cams/mine.npy").write_bytes(b"mine")
+    call("foreign", *flags, "--resume")
+    assert files_in(tmp_path / "cams") == before | {"mine.npy": b"mine"}
+    size = (tmp_path / "theirs/e.npy").stat().st_size
+    save_pickled(tmp_path / "theirs/e.npy", {2: np.full((2, 2), 0.5)})
+    assert (tmp_path / "theirs/e.npy").stat().st_size == size
+    assert "holds an earlier run made with files" in error_line(capsys, "foreign", *flags,
+                                                                "--resume")
+    assert files_in(tmp_path / "cams") == before | {"mine.npy": b"mine"}
+
+
+def test_the_record_names_what_each_photo_shows(flags, data, tmp_path, capsys):
+    """So make_pseudo.py refuses CAMs whose label was corrected since."""
+    write_dicts(tmp_path / "theirs", {"a": [0], "b": [1, 2], "d": [0, 1, 2], "e": [2]})
+    call("foreign", *flags)
+    record = read_record(tmp_path / "cams")
+    shown = {name: [CLASSES.index(x) for x in classes] for name, classes in SHOWN.items()}
+    assert (record["script"], record["classes"], record["shown"]) == ("foreign.py", CLASSES, shown)
+    masks = ["make_pseudo", "--data", data, "--cams", tmp_path / "cams", "--crf", "none", "--out"]
+    call(*masks, tmp_path / "masks")
+    lines = (data / "train.csv").read_text()
+    (data / "train.csv").write_text(lines.replace("e.png,cat", "e.png,ant"))
+    assert "other labels of e" in error_line(capsys, *masks, tmp_path / "other")
 
 
 def test_maps_beyond_0_and_1_are_scaled(tmp_path):

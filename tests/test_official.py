@@ -10,7 +10,7 @@ from PIL import Image
 
 from coco import MISSING_IDS
 from mask_generator import MaskGenerator, ViT
-from train_seg import Segmenter
+from train_seg import Segmenter, load_segmenter
 
 GOLDEN = REAL / "weaktr_golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/data/weaktr_golden")
@@ -113,17 +113,32 @@ def test_checkpoints(flag, pool, convert, tmp_path):
     if flag == "--cam":
         model = generator(pool=pool)
         state = convert(flag, published_cam(model), 3, "--pool", pool, "--recipe", "coco")
-        own, record = {"options": model.options, "recipe": "coco"}, {"pool": pool}
+        own, record = {"options": model.options}, {"pool": pool, "recipe": "coco"}
     else:
         model = segmenter()
         state = convert(flag, published_seg(model), 3)
-        own, record = {"recipe": "voc"}, {"side": 520}
+        own, record = {"recipe": "voc", "side": 520}, {"pool": "max", "recipe": "voc"}
+        assert load_segmenter(tmp_path / "seg.pt")[1:3] == ("voc", 520)
     found = state.pop("generator" if flag == "--cam" else "segmenter")
     expected = model.state_dict()
     assert found.keys() == expected.keys() and all(found[k].equal(expected[k]) for k in found)
+    record["script"] = "official.py"
     record["official"] = hashlib.sha256((tmp_path / "theirs.pth").read_bytes()).hexdigest()
     assert state == {"vit": model.backbone.sizes, "classes": [f"class{k}" for k in range(3)],
                      "record": record, **own}
+
+
+@pytest.mark.parametrize("flag, file", [("--cam", "classify.pt"), ("--seg", "seg.pt")])
+def test_its_own_checkpoint_is_replaced_and_no_other(flag, file, command, tmp_path, capsys):
+    theirs = published_cam(generator()) if flag == "--cam" else published_seg(segmenter())
+    call(*command(flag, theirs, 3))
+    before = (tmp_path / file).read_bytes()
+    call(*command(flag, theirs, 3))
+    assert (tmp_path / file).read_bytes() == before
+    torch.save({"generator": theirs}, tmp_path / file)
+    before = (tmp_path / file).read_bytes()
+    assert f"{file}: has no 'record'" in error_line(capsys, *command(flag, theirs, 3))
+    assert (tmp_path / file).read_bytes() == before
 
 
 def test_of_90_categories_the_80_with_a_name(convert, capsys):

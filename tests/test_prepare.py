@@ -74,7 +74,8 @@ def test_voc(tmp_path, capsys):
     assert "test.csv: 1 images, without labels" in text
     check_next_command(text)
     before = files_in(root)
-    call("voc", "--voc", root)
+    assert "add --resume to go on" in error_line(capsys, "voc", "--voc", root)
+    call("voc", "--voc", root, "--resume")
     assert files_in(root) == before  # again, with its own classes.txt; nothing temporary is left
 
 
@@ -85,10 +86,14 @@ def test_another_place_other_classes_and_lists(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "home")
     call("voc", "--voc", root, "--out", tmp_path / "link")
-    assert set(files_in(tmp_path / "home")) == {"classes.txt", "dos.csv", "train_xml.csv"}
+    assert set(files_in(tmp_path / "home")) == {"made_of.json", "classes.txt", "dos.csv",
+                                                "train_xml.csv"}
     assert listed(tmp_path / "home", "dos") == {"a": ["ant"], "b c": ["zebu", "ant"]}
     split = Split(tmp_path / "home", "dos")
     assert split.words == ["humped cow", "ant"] and not split.upright
+    call("voc", "--voc", root)  # beside the user's classes, which stay as they are
+    assert (root / "classes.txt").read_text() == "# mine\nzebu: humped cow\nant\n"
+    assert listed(root, "dos") == {"a": ["ant"], "b c": ["zebu", "ant"]}
 
 
 def test_train_xml_leaves_out_images_of_other_tasks(tmp_path):
@@ -113,8 +118,8 @@ def test_sbd(tmp_path, capsys):
                        ("trainaug", "b\n")):  # mmsegmentation
         path = root / f"ImageSets/Segmentation/{name}.txt"
         path.write_text(text)
-        call("voc", "--voc", root)
-        assert list(listed(root, "train_aug")) == ["b"]
+        call("voc", "--voc", root, "--out", tmp_path / f"of {name}")
+        assert list(listed(tmp_path / f"of {name}", "train_aug")) == ["b"]
         path.unlink()
     path.write_text("\n".join(["b"] * 12031))
     assert "12,031 images; expected 10,582" in error_line(capsys, "voc", "--voc", root)
@@ -146,7 +151,7 @@ def test_download(tmp_path, monkeypatch, capsys):
         "md5": hashlib.md5(archive.read_bytes()).hexdigest(), "base_dir": "VOCdevkit/VOC2012"})
     root = archive.parent / "VOCdevkit/VOC2012"
     for _ in range(2):
-        call("voc", "--download", archive.parent)
+        call("voc", "--download", archive.parent, "--resume")
         assert (root / "JPEGImages/a.jpg").read_bytes() == b"photo"
         (root / "JPEGImages/a.jpg").write_bytes(b"half")
     assert listed(root, "train") == {"a": ["cow"]}
@@ -192,12 +197,21 @@ def test_coco(tmp_path, capsys):
 
 
 def test_no_masks_take_neither_pycocotools_nor_outlines(tmp_path, monkeypatch, capsys):
-    root = coco_root(tmp_path / "coco", [(0, 1, 0, None)])
-    monkeypatch.setattr(coco, "coco_mask", None)
-    assert "pip install pycocotools" in error_line(capsys, "coco", "--coco", root)
-    call("coco", "--coco", root, "--no-masks", "--out", tmp_path / "out")
-    assert set(files_in(tmp_path / "out")) == {"classes.txt", "train.csv", "val.csv"}
-    assert listed(tmp_path / "out", "train") == {"train2014_0": ["class 1"]}
+    """And masks may follow later."""
+    root, out = coco_root(tmp_path / "coco", [(0, 1, 0, None)]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(coco, "coco_mask", None)
+        assert "pip install pycocotools" in error_line(capsys, "coco", "--coco", root)
+        call("coco", "--coco", root, "--no-masks", "--out", out)
+    before = files_in(out)
+    assert set(before) == {"made_of.json", "classes.txt", "train.csv", "val.csv"}
+    assert listed(out, "train") == {"train2014_0": ["class 1"]}
+    coco_root(root, [(0, 1, 0, SQUARE)])  # the lists stay the same
+    line = error_line(capsys, "coco", "--coco", root, "--out", out)
+    assert "add --resume to go on, or pass another --out" in line and "remove" not in line
+    call("coco", "--coco", root, "--out", out, "--resume")
+    masks = {f"masks/{name}" for name in ("made_of.json", "train2014_0.png", "val2014_0.png")}
+    assert files_in(out).keys() == set(before) | masks and before.items() <= files_in(out).items()
 
 
 def draw(objects):
@@ -220,15 +234,65 @@ def test_outlines():
             draw([(0, outline)])
 
 
-def test_masks_of_other_annotations_are_drawn_anew_or_refused(tmp_path, capsys):
+def test_masks_of_other_annotations_are_refused(tmp_path, capsys):
     root = coco_root(tmp_path, [(0, 1, 0, SQUARE), (3, 2, 0, SQUARE)])
-    mask = root / "masks/train2014_3.png"
     call("coco", "--coco", root)
+    before = files_in(root)
+    coco_root(root, [(0, 1, 0, SQUARE), (3, 2, 0, [[1, 1, 3, 1, 3, 3]])])
+    line = error_line(capsys, "coco", "--coco", root, "--resume")
+    assert "masks: holds an earlier run made with train" in line and "remove this one" in line
     coco_root(root, [(0, 1, 0, SQUARE), (3, 1, 0, SQUARE)])
-    assert "made_of.json: made with train" in error_line(capsys, "coco", "--coco", root, "--resume")
-    assert labels_in(mask).max() == 2
-    call("coco", "--coco", root)
-    assert labels_in(mask).max() == 1
+    line = error_line(capsys, "coco", "--coco", root, "--resume")
+    assert "holds an earlier run made with lists" in line and "remove" not in line
+    assert files_in(root / "masks") == {
+        name[6:]: data for name, data in before.items() if name.startswith("masks/")}
+
+
+# ---- What is there already -----------------------------------------------------------------------
+
+@pytest.fixture
+def commands(tmp_path):
+    """{script: a command line that writes into OUT, beside the data}"""
+    out, source = tmp_path / "out", tmp_path / "VOC"
+    voc_root(source, {"a": ["cat"], "b": []}, train=["a"])
+    for name in "ab":
+        write_labels(source / f"SegmentationClass/{name}.png", np.ones((4, 5), np.uint8))
+    coco_root(tmp_path / "coco", [(0, 1, 0, SQUARE), (3, 2, 0, SQUARE)])
+    return {"voc": ["voc", "--voc", source, "--out", out],
+            "coco": ["coco", "--coco", tmp_path / "coco", "--out", out],
+            "toy": ["toy", "--out", out, "--train", 2, "--val", 1]}
+
+
+@pytest.mark.parametrize("script", ["voc", "coco"])
+def test_resume_makes_what_is_missing_and_replaces_nothing(script, commands, tmp_path):
+    out = tmp_path / "out"
+    call(*commands[script])
+    made, masks = files_in(out), sorted((out / "masks").glob("*.png"))
+    (out / "train.csv").unlink()
+    masks[0].unlink()
+    for path in (masks[-1], out / "masks/mine.png"):
+        path.write_bytes(b"mine")
+    call(*commands[script], "--resume")
+    assert files_in(out) == made | {f"masks/{masks[-1].name}": b"mine", "masks/mine.png": b"mine"}
+
+
+@pytest.mark.parametrize("script", ["voc", "coco", "toy"])
+@pytest.mark.parametrize("file", ["classes.txt", "train.csv", "val.csv", "masks/NAME.png"])
+def test_the_users_files_are_refused_before_any_is_written(script, file, commands, tmp_path,
+                                                           capsys):
+    """Also where a --resume is given"""
+    name = {"voc": "a", "coco": "val2014_3", "toy": "train_00001"}[script]
+    path = tmp_path / ("out/data" if script == "toy" else "out") / file.replace("NAME", name)
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    if (script, file) == ("voc", "val.csv"):  # which it does not write
+        call(*commands[script])
+    else:
+        for resume in ((), ("--resume",)):
+            assert f"{path}: is there already, and no made_of.json says that a run of ours made " \
+                   "it; pass another --out" in error_line(capsys, *commands[script], *resume)
+        assert files_in(tmp_path / "out").keys() == {str(path.relative_to(tmp_path / "out"))}
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"images": []}', None])

@@ -1,4 +1,6 @@
 """The toy world's own claim, and that its flags do what they say"""
+import os
+
 import numpy as np
 import pytest
 import toy as toy_world
@@ -6,6 +8,7 @@ import toy_pretrain
 import torch
 import torch.nn.functional as F
 from conftest import call, error_line, files_in
+from toy_scenes import THINGS
 
 from clip_model import class_texts, load_clip, read_nouns
 from common import Split, read_labels
@@ -22,7 +25,7 @@ def test_curves_carry_the_papers_story(toy):
     seen = [as_background[i] for i in (0, 1, 2, 4, 5, 6)]
     assert seen == sorted(seen) and as_background[6] > as_background[0] + 0.4
     assert as_class[6] < alone - 0.2
-    assert not set(toy_pretrain.FILLERS) & {*read_nouns(), *toy_world.THINGS}  # they mean nothing
+    assert not set(toy_pretrain.FILLERS) & {*read_nouns(), *THINGS}  # they mean nothing
 
 
 @pytest.mark.parametrize("cooccurrence", [0.95, 0.3])
@@ -66,11 +69,34 @@ def test_the_same_seed_makes_the_same_toy_world(tmp_path):
         assert (1 + split.present(name)).tolist() == [k for k in shown if k]
 
 
+@pytest.mark.parametrize("files", [1, 8, 12])
+def test_an_interrupted_world_goes_on(files, tmp_path, monkeypatch):
+    """After so many of its 13 files, the record among them. The same bytes come out; a finished
+    world is not drawn again."""
+    flags = ["--train", 2, "--val", 1]
+    monkeypatch.setattr(toy_world, "print_curves", lambda *_: None)
+    call("toy", "--out", tmp_path / "whole", *flags)
+    replace, done = os.replace, []
+
+    def replacing(*paths):
+        if len(done) == files:
+            raise KeyboardInterrupt
+        done.append(replace(*paths))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replacing)
+        call("toy", "--out", tmp_path / "killed", *flags)
+    assert len(files_in(tmp_path / "killed")) == files
+    call("toy", "--out", tmp_path / "killed", *flags, "--resume")
+    assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
+    monkeypatch.setattr(toy_world, "scene", None)
+    call("toy", "--out", tmp_path / "killed", *flags, "--resume")
+
+
 def test_two_objects_stand_side_by_side():
     """Each in its half, so on its own background"""
     rng = np.random.default_rng(0)
     for _ in range(20):
         _, parts = toy_world.scene(rng, [("boat", "water"), ("cow", "grass")])
-        boat, cow = (np.nonzero(parts == toy_world.THINGS.index(name))[1]
+        boat, cow = (np.nonzero(parts == THINGS.index(name))[1]
                      for name in ("boat", "cow"))
         assert boat.mean() < 30 and cow.mean() > 34
