@@ -256,7 +256,7 @@ def fetch_weights(url, sha256):
                              f"and save it as {path}") from None
     wait_for_all()
     if not (found := digest(path)).startswith(sha256):
-        raise InputError(f"{path}: not the published file: its SHA-256 begins with {found[:8]}, not "
+        raise InputError(f"{path}: its SHA-256 begins with {found[:8]}; expected the published file, "
                          f"{sha256[:8]}; remove it, and it is downloaded again")
     return path
 
@@ -402,7 +402,7 @@ class Split:
             name = path.stem
             if name in self.paths or not os.path.isfile(path):
                 problem = "a second photo of this name" if name in self.paths else "no such photo"
-                raise InputError(f"{table}: {','.join(row)}: {problem} in {self.root}; expected one "
+                raise InputError(f"{table}: {','.join(row)}: {problem} in {self.root}; expected a "
                                  "file for each line, with different names")
             self.paths[name] = path
             self.labels[name] = shown = np.zeros(len(self.classes), bool)

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import class_texts, load_clip  # noqa: E402
-from common import InputError, read_checkpoint, read_image, run, writing  # noqa: E402
-from companion import HEAT, as_picture  # noqa: E402
-from mask_generator import scaled_input  # noqa: E402
-from train_cam import clip_view, cosine, match_loss, refine_loss  # noqa: E402
+from clip_model import class_texts, load_clip
+from common import InputError, read_checkpoint, read_image, run, writing
+from companion import HEAT, as_picture
+from mask_generator import scaled_input
+from train_cam import clip_view, cosine, match_loss, refine_loss
 
 
 # ---- The method on one photo ---------------------------------------------------------------------

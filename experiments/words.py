@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import class_texts, load_clip  # noqa: E402
-from common import InputError, Split, earlier_run, run, save, start_processes  # noqa: E402
-from train_cam import write_words  # noqa: E402
+from clip_model import class_texts, load_clip
+from common import InputError, Split, earlier_run, run, save, start_processes
+from train_cam import write_words
 
 
 def parse_args(argv=None):

@@ -25,8 +25,8 @@ except ImportError:
     coco_mask = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, digest, label_picture, run  # noqa: E402
-from layout import claim_all, write_lists, write_missing  # noqa: E402
+from common import InputError, digest, label_picture, run
+from layout import claim_all, write_lists, write_missing
 
 OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
 MISSING_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1 to 90: they name no class

@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from coco import MISSING_IDS, coco_mask  # noqa: E402
-from common import (  # noqa: E402
+from coco import MISSING_IDS, coco_mask
+from common import (
     InputError, Split, check_folder, claim, digest, folder_digest, run, writing)
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from coco import MISSING_IDS  # noqa: E402
-from common import (  # noqa: E402
+from coco import MISSING_IDS
+from common import (
     InputError, Split, digest, earlier_run, load_weights, read_tensors, run, save)
-from mask_generator import MaskGenerator, ViT, generator_state, vit_sizes  # noqa: E402
-from train_seg import Segmenter, segmenter_state  # noqa: E402
+from mask_generator import MaskGenerator, ViT, generator_state, vit_sizes
+from train_seg import Segmenter, segmenter_state
 
 CAM_NAMES = {"(cls_token|pos_embed|patch_embed|blocks|norm)": r"backbone.\1",  # how a key begins
              "adaptive_attention_fusion.attn_feat_ffn": "fusion.pool",

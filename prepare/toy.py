@@ -17,10 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, label_picture, run, save  # noqa: E402
-from layout import claim_all, write_missing  # noqa: E402
-from toy_pretrain import models_for, print_curves  # noqa: E402
-from toy_scenes import BACKGROUNDS, OBJECTS, USUAL, scene  # noqa: E402
+from common import InputError, label_picture, run, save
+from layout import claim_all, write_missing
+from toy_pretrain import models_for, print_curves
+from toy_scenes import BACKGROUNDS, OBJECTS, USUAL, scene
 
 
 # ---- The data set --------------------------------------------------------------------------------

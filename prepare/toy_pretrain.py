@@ -25,10 +25,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize  # noqa: E402
-from common import IMAGENET_MEAN, IMAGENET_STD, run, writing  # noqa: E402
-from mask_generator import ResNet, ViT  # noqa: E402
-from toy_scenes import BACKGROUNDS, OBJECTS, SIDE, THINGS, USUAL, scene  # noqa: E402
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, read_nouns, tokenize
+from common import IMAGENET_MEAN, IMAGENET_STD, run, writing
+from mask_generator import ResNet, ViT
+from toy_scenes import BACKGROUNDS, OBJECTS, SIDE, THINGS, USUAL, scene
 
 WEIGHTS = Path(__file__).with_name("toy_weights.npz")
 SHARED, TIE = 0.75, 0.3

@@ -10,23 +10,31 @@ an image's XML boxes, difficult ones too. A test list without XML gets none. Mas
 SegmentationClass, and from SegmentationClassAug where only that has one.
 """
 import argparse
+import http.client
 import os
 import shutil
+import socket
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from torchvision.datasets import VOCSegmentation
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, Split, digest, run  # noqa: E402
-from layout import claim_all, write_lists, write_missing  # noqa: E402
+from common import InputError, Split, digest, run, writing
+from layout import claim_all, write_lists, write_missing
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
            "diningtable: dining table", "dog", "horse", "motorbike", "person: player",
            "pottedplant: potted plant", "sheep", "sofa", "train", "tvmonitor: tv monitor"]
 OFFICIAL = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582, "test": 1456}
+
+
+MIRRORS = [  # the official server has not answered since 2025 (torchvision's issue 9269)
+    "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
+    "https://dataset.bj.bcebos.com/voc/VOCtrainval_11-May-2012.tar"]
 
 
 def read_lines(path):
@@ -55,13 +63,27 @@ def read_xml(path, classes):
 
 
 def download(folder, voc):
-    try:
-        VOCSegmentation(folder, "2012", "train", download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{folder}: VOC 2012 cannot be downloaded ({reason}); expected the "
-                         "official archive and 4 GB of room; run again, or unpack it by hand and "
-                         f"pass --voc {voc}") from None
+    """The archive, from the first address that serves it, checked by torchvision's MD5; unpacked"""
+    official, failed = DATASET_YEAR_DICT["2012"], []
+    archive = Path(folder, official["filename"])
+    if archive.exists() and not check_integrity(archive, official["md5"]):
+        raise InputError(f"{archive}: not VOC's archive, its MD5 is another; expected none there, "
+                         "or the official one; move it away")
+    socket.setdefaulttimeout(60)  # a firewall may not answer at all
+    for url in [official["url"], *MIRRORS]:
+        if archive.exists():
+            break
+        try:
+            with writing(archive) as temporary:
+                download_url(url, folder, temporary.name, official["md5"])
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            failed.append(f"{url}: {str(error).partition(chr(10))[0]}")
+            print(failed[-1], flush=True)
+    if not archive.exists():
+        raise InputError(f"{folder}: VOC 2012 cannot be downloaded ({'; '.join(failed)}); expected "
+                         "the official archive and 4 GB of room; run again, or unpack it by hand "
+                         f"and pass --voc {voc}")
+    extract_archive(str(archive), folder)
 
 
 def parse_args(argv=None):

@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import coco
@@ -138,26 +141,43 @@ def test_mistakes_in_voc(content, says, tmp_path, capsys):
 
 
 def test_download(tmp_path, monkeypatch, capsys):
-    """The archive that torchvision has downloaded. A second call repairs what a kill left half
-    unpacked. A file that is not the archive is refused, here without a network."""
-    source, archive = voc_root(tmp_path / "a", {"a": ["cow"]}, train=["a"]), tmp_path / "b/voc.tar"
+    """From the first address that serves the archive; the line names what each of them said. A
+    second call repairs what a kill left half unpacked."""
+    source, served = voc_root(tmp_path / "a", {"a": ["cow"]}, train=["a"]), tmp_path / "served"
     (source / "JPEGImages/a.jpg").write_bytes(b"photo")
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w") as tar:
+    served.mkdir()
+    with tarfile.open(served / "voc.tar", "w") as tar:
         tar.add(source, "VOCdevkit/VOC2012")
+    (served / "blocked.tar").write_text("blocked by firewall policy")
     years = importlib.import_module("torchvision.datasets.voc").DATASET_YEAR_DICT
     monkeypatch.setitem(years, "2012", {
         "url": "http://127.0.0.1:1/voc.tar", "filename": "voc.tar",
-        "md5": hashlib.md5(archive.read_bytes()).hexdigest(), "base_dir": "VOCdevkit/VOC2012"})
-    root = archive.parent / "VOCdevkit/VOC2012"
-    for _ in range(2):
-        call("voc", "--download", archive.parent, "--resume")
-        assert (root / "JPEGImages/a.jpg").read_bytes() == b"photo"
-        (root / "JPEGImages/a.jpg").write_bytes(b"half")
+        "md5": hashlib.md5((served / "voc.tar").read_bytes()).hexdigest()})
+    handler = partial(SimpleHTTPRequestHandler, directory=served)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mirrors = [f"http://127.0.0.1:{server.server_port}/{name}" for name in (
+            "none.tar", "blocked.tar", "voc.tar")]
+        monkeypatch.setattr(voc, "MIRRORS", mirrors[:2])
+        with pytest.raises(SystemExit):
+            call("voc", "--download", tmp_path / "b")
+        line = capsys.readouterr().err.splitlines()[-1]  # behind the progress bars
+        assert "VOC 2012 cannot be downloaded (http://127.0.0.1:1/voc.tar: " in line
+        assert re.search("none.tar: .*404.*; http.*blocked.tar: File not found or corrupted", line)
+        assert not list((tmp_path / "b").glob("*"))
+        monkeypatch.setattr(voc, "MIRRORS", mirrors)
+        root = tmp_path / "b/VOCdevkit/VOC2012"
+        for _ in range(2):
+            call("voc", "--download", tmp_path / "b", "--resume")
+            assert (root / "JPEGImages/a.jpg").read_bytes() == b"photo"
+            (root / "JPEGImages/a.jpg").write_bytes(b"half")
+        server.shutdown()
     assert listed(root, "train") == {"a": ["cow"]}
-    archive.write_bytes(b"other")
-    line = error_line(capsys, "voc", "--download", archive.parent)
-    assert re.match("error: .*VOC 2012 cannot be downloaded .* pass --voc .*VOC2012$", line)
+    (tmp_path / "b/voc.tar").write_bytes(b"other")
+    line = error_line(capsys, "voc", "--download", tmp_path / "b")
+    assert "voc.tar: not VOC's archive" in line and "move it away" in line
+    assert (tmp_path / "b/voc.tar").read_bytes() == b"other"
 
 
 IDS = [1, 2, 13, 44, 90]  # of five classes: with gaps, as COCO's

@@ -13,7 +13,8 @@ import common
 import eval
 import train_cam
 import train_seg
-from common import IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, schedule, write_labels
+from common import (
+    IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, schedule, write_labels)
 from mask_generator import MaskGenerator, ViT, load_vit
 from train_cam import cosine_rate, recipe_of
 from train_seg import Segmenter
@@ -51,8 +52,9 @@ PUBLISHED = {  # phase: {key: (voc, coco)}
 
 
 STEPS = {  # voc, coco, toy
-    "classify": (9_900, 76_920, 76), "match": (9_900, 153_900, 304), "prompts": (4_920, 38_460, 190),
-    "refine": (9_900, 205_200, 304), "seg": (264_600, 2_052_100, 1_050)}
+    "classify": (9_900, 76_920, 76), "match": (9_900, 153_900, 304),
+    "prompts": (4_920, 38_460, 190), "refine": (9_900, 205_200, 304),
+    "seg": (264_600, 2_052_100, 1_050)}
 
 
 @pytest.mark.parametrize("phase", PUBLISHED)
