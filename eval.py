@@ -5,8 +5,8 @@
   mIoU  = mean of IoU_c over those of the K classes and background that occur, in percent
 
 Counts are summed over the whole list before dividing, as the VOC server does. A predicted 255
-counts as background. No other stage opens ROOT/masks/NAME.png on its own (docs/data.md).
-Prints a table; writes a JSON and the predicted PNGs where asked.
+counts as background. No other stage opens ROOT/masks/NAME.png on its own (docs/data.md). Prints
+a table; writes a JSON and the predicted PNGs where asked.
 
   python eval.py --data runs/toy/data --split train --cams runs/toy/cam/cams
   python eval.py --data runs/toy/data --split train --pred runs/toy/masks --json masks.json
@@ -16,9 +16,7 @@ Prints a table; writes a JSON and the predicted PNGs where asked.
 """
 import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import product
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,41 +28,34 @@ from tqdm import tqdm
 
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, QUIET, RANK, WORLD, InputError, Split, check_classes, claim,
-    digest, end_processes, label_picture, load_photos, read_labels, run, start_processes,
-    sum_over_processes, wait_for_all, write_labels, writing)
+    digest, end_processes, in_first_process, label_picture, load_photos, read_labels, run,
+    start_processes, sum_over_processes, write_labels, writing)
 from make_pseudo import (
-    BACKGROUND_SCORE, PRESETS, check_score, dense_crf, read_cams, score_labels)
+    BACKGROUND_SCORE, PRESETS, check_cams, check_score, dense_crf, read_cams, score_labels,
+    with_background)
 from mask_generator import scaled_input
 from train_seg import load_segmenter
 
-# B images, K classes, C = K + 1 labels, H W pixels
+# B images, K classes, C = K + 1 labels, H W pixels, n classes that a photo shows, S scores of SWEEP
 
 SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75)
 TEST = {  # by the recipe of train_seg.py: a window of None is the whole photo
-    "voc":  dict(scales=SCALES, window=480, stride=320, crf="voc-test"),
-    "coco": dict(scales=SCALES, window=480, stride=320, crf="prob"),
-    "toy":  dict(scales=(1, 1.25, 1.5), window=None, stride=None, crf="prob"),
+    "voc":  dict(scales=SCALES, window=480, stride=320, crf="weaktr-test"),
+    "coco": dict(scales=SCALES, window=480, stride=320, crf="clip-es"),
+    "toy":  dict(scales=(1, 1.25, 1.5), window=None, stride=None, crf="clip-es"),
 }
 LARGEST = 1024  # pixels of the longest side: larger photos are shrunk for model and CRF
-SWEEP = [round(0.02 * i, 2) for i in range(1, 50)]  # background scores that --oracle-sweep tries
+SWEEP = [round(0.02 * i, 2) for i in range(1, 50)]  # background scores of --oracle-sweep, upwards
 
 
 # ---- IoU ----------------------------------------------------------------------------------------
 
-def confusion_matrix(pred, truth, num_classes, ignore=255):
-    """Pixel counts (C, C) int64, rows truth, columns prediction; C = num_classes, with background.
-
-    pred, truth: uint8 of one shape. Pixels whose truth is `ignore` are left out; a prediction of
-    `ignore` counts as background. Raises ValueError for unequal shapes and other labels."""
-    if pred.shape != truth.shape:
-        raise ValueError(f"prediction {pred.shape} and truth {truth.shape} differ in shape")
-    valid = truth != ignore
-    truth, pred = truth[valid].astype(np.int64), pred[valid].astype(np.int64)
-    pred[pred == ignore] = 0
-    if max(pred.max(initial=0), truth.max(initial=0)) >= num_classes:
-        raise ValueError(f"labels up to {max(pred.max(), truth.max())}, expected {num_classes - 1}")
-    counts = np.bincount(num_classes * truth + pred, minlength=num_classes ** 2)
-    return counts.reshape(num_classes, num_classes)
+def confusion_matrix(pred, truth, num_labels):
+    """Pixel counts (C, C) int64, rows truth, columns prediction. pred, truth: uint8 of one shape,
+    labels below C = num_labels or 255: such a truth is left out, such a prediction background"""
+    C, known = num_labels, truth != 255
+    cell = C * truth[known].astype(np.int64) + np.where(pred == 255, 0, pred)[known]
+    return np.bincount(cell, minlength=C * C).reshape(C, C)
 
 
 def iou(matrix):
@@ -75,27 +66,44 @@ def iou(matrix):
     return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
 
 
+def sweep_matrices(maps, present, truth, num_labels):
+    """The confusion matrix at each background score of SWEEP, (S, C, C), of one histogram: over
+    truth, label of the highest map, and how many scores lie below that map. At those it wins; at
+    the others, one that it equals too, background does [eq. P1].
+    maps: float32 (n, H, W) of the classes present (n,); truth: uint8 (H, W)"""
+    C, S = num_labels, len(SWEEP)
+    top, winner = with_background(maps, 0).max(0)                                # (H, W)
+    label = np.array([0, *(1 + present)])[winner.numpy()]
+    below = torch.bucketize(top, torch.tensor(SWEEP)).numpy()  # in float32, as score_labels does
+    cell = ((C * truth.astype(np.int64) + label) * (S + 1) + below)[truth != 255]
+    counts = np.bincount(cell, minlength=C * C * (S + 1)).reshape(C, C, S + 1)
+    won = counts.sum(axis=2, keepdims=True) - counts.cumsum(axis=2)[:, :, :S]    # (C, C, S)
+    won[:, 0] += counts.sum(axis=(1, 2))[:, None] - won.sum(axis=1)  # the rest is background
+    return np.moveaxis(won, 2, 0)
+
+
 # ---- Prediction ---------------------------------------------------------------------------------
 
 def slide(model, x, window, stride, batch=8):
     """x (B, 3, H, W), no side shorter than a window -> scores (B, C, H, W), means over windows
     `stride` pixels apart, the last at the border; `batch` of them go through the model at a time"""
     B, _, H, W = x.shape
-    places = list(product([*range(0, H - window, stride), H - window],
-                          [*range(0, W - window, stride), W - window]))
-    windows = torch.cat([x[:, :, top:top + window, left:left + window] for top, left in places])
-    scores = torch.cat([model(part) for part in windows.split(batch)])
-    scores = scores.unflatten(0, (len(places), B))               # (places, B, C, window, window)
-    total, seen = scores.new_zeros(B, scores.shape[2], H, W), scores.new_zeros(H, W)
-    for part, (top, left) in zip(scores, places):
-        total[:, :, top:top + window, left:left + window] += part
-        seen[top:top + window, left:left + window] += 1
-    return total / seen
+    windows = [(b, slice(top, top + window), slice(left, left + window))
+               for top in [*range(0, H - window, stride), H - window]
+               for left in [*range(0, W - window, stride), W - window] for b in range(B)]
+    total, seen = x.new_zeros(B, model.num_labels, H, W), x.new_zeros(B, 1, H, W)
+    for i in range(0, len(windows), batch):
+        part = windows[i:i + batch]
+        scores = model(torch.stack([x[b, :, rows, columns] for b, rows, columns in part]))
+        for score, (b, rows, columns) in zip(scores, part):                  # (C, window, window)
+            total[b, :, rows, columns] += score
+            seen[b, :, rows, columns] += 1
+    return total.div_(seen)  # in place: COCO's 81 labels at scale 1.75 take 0.7 GiB
 
 
 def window_view(photo, side, window):
     """PIL photo -> (1, 3, h, w), ImageNet-normalised, as published: the short side has `side`
-    pixels, the long one at most eight times as many. If that is less than a window, the view is
+    pixels, the long one at most eight times as many; if that is less than a window, the view is
     enlarged from there: scale 0.5 of side 520 is a blurred 480."""
     factor = min(side / min(photo.size), 8 * side / max(photo.size))
     W, H = (int(factor * pixels + 0.5) for pixels in photo.size)
@@ -108,30 +116,28 @@ def window_view(photo, side, window):
 
 
 @torch.no_grad()
-def predict(model, photo, recipe, flip, device):
+def predict(model, photo, test, flip, device):
     """PIL photo -> probabilities (C, H, W): mean softmax over scales and mirror images, in float32.
-    recipe: a row of TEST, and side, the short side at scale 1"""
-    W, H = photo.size
-    window, scales, total = recipe["window"], recipe["scales"], 0
-    for scale in scales:
-        side = scale * recipe["side"]
+    test: a row of TEST, and side, the short side at scale 1"""
+    (W, H), window, total = photo.size, test["window"], 0
+    for scale in test["scales"]:
+        side = scale * test["side"]
         x = (window_view(photo, side, window) if window else
              scaled_input(photo, side / min(H, W), model.backbone.patch, 2048)).to(device)
         x = torch.cat([x, x.flip(3)]) if flip else x                     # (2 or 1, 3, h, w)
-        scores = slide(model, x, window, recipe["stride"]) if window else model(x)
-        scores = torch.cat([scores[:1], scores[1:].flip(3)])             # (2 or 1, C, h, w)
+        scores = slide(model, x, window, test["stride"]) if window else model(x)
+        scores[1:] = scores[1:].flip(3)                                  # (2 or 1, C, h, w)
         scores = F.interpolate(scores, size=(H, W), mode="bilinear")
         total = total + scores.softmax(dim=1).mean(dim=0)
-    return total / len(scales)
+    return total / len(test["scales"])
 
 
-def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):
-    """PIL photo -> labels uint8 (H, W), of those in ids, after a dense CRF among the
-    labels that win at some pixel"""
+def predict_labels(model, photo, test, flip, device, ids=slice(None)):
+    """PIL photo -> labels uint8 (H, W) among ids, after a CRF among those that win at some pixel"""
     view = photo.copy()
     view.thumbnail((LARGEST, LARGEST))  # smaller ones stay as they are
-    prob = predict(model, view, recipe, flip, device)[ids]                       # (len(ids), h, w)
-    labels, preset = prob.argmax(0), PRESETS[recipe["crf"]]
+    prob = predict(model, view, test, flip, device)[ids]                         # (len(ids), h, w)
+    labels, preset = prob.argmax(0), PRESETS[test["crf"]]
     if preset:
         winners = labels.unique()
         Q = dense_crf(torch.from_numpy(np.array(view)), prob[winners], preset["gaussian"],
@@ -142,92 +148,46 @@ def predict_labels(model, photo, recipe, flip, device, ids=slice(None)):
 
 
 def overlay(photo, labels):
-    """photo uint8 (H, W, 3), labels (H, W) -> the photo under half-transparent colours, with white
-    outlines"""
-    edge = np.zeros(labels.shape, bool)
-    edge[1:] |= labels[1:] != labels[:-1]
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    veil = np.where(edge[..., None], 255, np.asarray(label_picture(labels).convert("RGB")))
-    share = np.where(edge, 1, 0.5 * (labels > 0))[..., None]
-    return Image.fromarray(((1 - share) * photo + share * veil).astype(np.uint8))
+    """PIL photo, labels (H, W) -> the photo under half-transparent colours, with white outlines"""
+    photo, colour = (np.array(x, int) for x in (photo, label_picture(labels).convert("RGB")))
+    mixed = np.where(labels[..., None] > 0, (photo + colour) // 2, photo)        # (H, W, 3)
+    mixed[1:][labels[1:] != labels[:-1]] = 255
+    mixed[:, 1:][labels[:, 1:] != labels[:, :-1]] = 255
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+# ---- Labels of this process's photos: (name, uint8 (H, W)) one by one ----------------------------
+
+def labels_of_pngs(folder, split):
+    for name in tqdm(split.names[RANK::WORLD], "eval", disable=QUIET):
+        yield name, read_labels(folder / f"{name}.png", split.size(name), len(split.classes) + 1)
+
+
+def labels_of_cams(folder, split, background_score):
+    for name in tqdm(split.names[RANK::WORLD], "eval", disable=QUIET):
+        maps = read_cams(folder, name, split.present(name), split.size(name))    # (n, H, W)
+        yield name, score_labels(maps, split.present(name), background_score)
+
+
+def labels_of_model(model, split, test, device, workers):
+    """test: a row of TEST with side, flip, and present_only: other classes cannot win"""
+    for name, photo in load_photos(split, split.names[RANK::WORLD], "eval", workers):
+        ids = [0, *(1 + split.present(name))] if test["present_only"] else slice(None)
+        yield name, predict_labels(model, photo, test, test["flip"], device, ids)
 
 
 class Photos(Split):
     """All photos of a folder, without labels"""
 
     def __init__(self, folder, classes):
-        endings = Image.registered_extensions()
-        paths = [path for path in sorted(Path(folder).glob("[!.]*"))
-                 if path.suffix.lower() in endings]
-        self.paths = {path.stem: path for path in paths}
-        if not 0 < len(self.paths) == len(paths):
-            raise InputError(f"{folder}: {len(paths)} photos, {len(self.paths)} names before the "
-                             "ending; expected one or more, with different names")
         self.root, self.split, self.classes, self.upright = Path(folder), folder, classes, True
-        self.names, self.folders = list(self.paths), {Path(folder)}
-        self.labels = dict.fromkeys(self.names, np.zeros(len(classes), bool))
-
-
-# ---- What is scored ------------------------------------------------------------------------------
-
-def png_labels(args, device):
-    """--pred -> the Split, a function (name, photo) -> [labels (H, W)], {how they are made}"""
-    split = Split(args.data, args.split)
-    C = len(split.classes) + 1
-    return split, lambda name, photo: [
-        read_labels(f"{args.pred}/{name}.png", photo.size[::-1], C)], {}
-
-
-def cam_labels(args, device):
-    """--cams -> the same; labels of each background score that is tried"""
-    how = {"background_score": args.background_score, "background_score_chosen": "given"}
-    if args.background_score is None:
-        how = {"background_score": BACKGROUND_SCORE,
-               "background_score_chosen": "WeakTr's, found with train masks of VOC"}
-    check_score(how["background_score"])
-    split = Split(args.data, args.split)
-    scores = [how["background_score"], *(SWEEP if args.oracle_sweep else [])]
-
-    def labels_of(name, photo):
-        present = split.present(name)
-        maps = read_cams(args.cams, name, present, photo.size[::-1])
-        return [score_labels(maps, present, score) for score in scores]
-    return split, labels_of, how
-
-
-def model_labels(args, device):
-    """--checkpoint -> the same"""
-    segmenter, name, side, classes = load_segmenter(args.checkpoint)
-    split = Photos(args.images, classes) if args.images else Split(args.data, args.split)
-    check_classes(args.checkpoint, classes, split)
-    if args.present_only and not any(shown.any() for shown in split.labels.values()):
-        raise InputError(f"--present-only: {args.split}.csv names no class of any photo, so only "
-                         "background would remain; leave it out")
-    how = {"scales": args.scales or TEST[name]["scales"], "flip": args.flip is not False,
-           "crf": args.crf or TEST[name]["crf"], "present_only": args.present_only}
-    recipe, segmenter = TEST[name] | how | {"side": side}, segmenter.to(device)
-
-    def labels_of(name, photo):
-        ids = [0, *(1 + split.present(name))] if args.present_only else slice(None)
-        return [predict_labels(segmenter, photo, recipe, how["flip"], device, ids)]
-    return split, labels_of, how
-
-
-MODES = {"pred": png_labels, "cams": cam_labels, "checkpoint": model_labels}
-
-
-def count(photo, split, labels_of, save, scored):
-    """(name, PIL photo) -> confusion matrices (scores, C, C). The prediction is written if asked"""
-    (name, photo), C = photo, len(split.classes) + 1
-    labels = labels_of(name, photo)
-    if save:
-        write_labels(Path(save) / f"{name}.png", labels[0])
-        with writing(Path(save) / f"overlays/{name}.jpg") as temporary:
-            overlay(np.asarray(photo), labels[0]).save(temporary)
-    if not scored:
-        return 0
-    truth = read_labels(split.root / f"masks/{name}.png", photo.size[::-1], C)
-    return np.stack([confusion_matrix(each, truth, C) for each in labels])
+        endings = Image.registered_extensions()
+        paths = [x for x in sorted(self.root.glob("[!.]*")) if x.suffix.lower() in endings]
+        self.paths = {path.stem: path for path in paths}
+        self.names, self.folders = list(self.paths), {self.root}
+        if not 0 < len(self.names) == len(paths):
+            raise InputError(f"{folder}: {len(paths)} photos, {len(self.names)} names before the "
+                             "ending; expected one or more, with different names")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -256,87 +216,111 @@ def parse_args(argv=None):
     add("--save", metavar="DIR", help="write the predicted label PNGs and DIR/overlays/NAME.jpg; a "
         "split without masks is predicted and not scored")
     add("--json", metavar="FILE", help="write the scores")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser.parse_args(argv)
 
 
-def check_flags(args):
-    """Refuse what the chosen mode would ignore."""
-    for mode, flags in (("cams", ("background_score", "oracle_sweep")),
-                        ("checkpoint", ("present_only", "scales", "flip", "crf", "images"))):
-        given = [flag for flag in flags if getattr(args, flag) not in (None, False)
-                 or flag == "flip" and args.flip is False]
-        if given and not getattr(args, mode):
-            raise InputError(f"--{given[0].replace('_', '-')}: only with --{mode}")
+def main(args):
+    # ---- Refuse what the chosen mode would ignore
+    mode = "pred" if args.pred else "cams" if args.cams else "checkpoint"
+    needs = {"background_score": "cams", "oracle_sweep": "cams"} | dict.fromkeys(
+        ("present_only", "scales", "flip", "crf", "images"), "checkpoint")
+    for flag, needed in needs.items():
+        given = getattr(args, flag) not in (None, False) or flag == "flip" and args.flip is False
+        if given and mode != needed:
+            raise InputError(f"--{flag.replace('_', '-')}: only with --{needed}")
     if args.images and (args.present_only or not args.save):
         raise InputError("--images: these photos have no labels; " + (
             "leave out --present-only" if args.present_only else "pass --save, a folder for them"))
     if args.scales and not min(args.scales) > 0:
         raise InputError(f"--scales {args.scales}: expected numbers above 0")
+    if args.background_score is not None:
+        check_score(args.background_score)
 
-
-def main(args):
-    check_flags(args)
-    device = start_processes(args.device)
-
-    mode = next(mode for mode in MODES if getattr(args, mode))
-    split, labels_of, how = MODES[mode](args, device)
-    source = Path(getattr(args, mode))
-    truths = split.root / "masks"
-    scored = not args.save or any((truths / f"{name}.png").is_file() for name in split.names)
-    note = source if mode == "checkpoint" else source / "made_of.json"
-    record = digest(note) if note.is_file() else None
-    if args.save and RANK == 0:
-        files = [file for name in split.names for file in (f"{name}.png", f"overlays/{name}.jpg")]
-        claim(args.save, files, {"predicted_by": record, **how}, reads=[*split.folders, source])
-    wait_for_all()
-
-    C = len(split.classes) + 1
-    work = partial(count, split=split, labels_of=labels_of, save=args.save, scored=scored)
-    counts = np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64)
+    # ---- Whose labels, and how they are made
+    device, source, settings = start_processes(args.device), Path(getattr(args, mode)), {}
     if args.checkpoint:
-        photos = load_photos(split, split.names, f"eval {split.split}", device)
-        counts = sum(map(work, photos), counts)
+        model, recipe, side, classes = load_segmenter(source)
+    split = Photos(args.images, classes) if args.images else Split(args.data, args.split)
+    if args.pred:
+        predictions = labels_of_pngs(source, split)
+    elif args.cams:
+        score, chosen = args.background_score, "given"
+        if score is None:
+            score, chosen = BACKGROUND_SCORE, "WeakTr's, found with train masks of VOC"
+        check_cams(source, split)
+        settings = {"background_score": score, "background_score_chosen": chosen}
+        predictions = labels_of_cams(source, split, score)
     else:
-        with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock
-            names = tqdm(split.names[RANK::WORLD], f"eval {split.split}", disable=QUIET)
-            counts = sum(pool.map(lambda name: work(split.photo(name)), names), counts)
-    counts = torch.as_tensor(counts, dtype=torch.float64).to(device)  # exact up to 2^53
-    counts = sum_over_processes(counts).cpu().numpy()
+        check_classes(source, classes, split)
+        if args.present_only and not any(shown.any() for shown in split.labels.values()):
+            raise InputError(f"--present-only: {args.split}.csv names no class of any photo, so "
+                             "only background would remain; leave it out")
+        settings = {"scales": args.scales or TEST[recipe]["scales"], "flip": args.flip is not False,
+                    "crf": args.crf or TEST[recipe]["crf"], "present_only": args.present_only}
+        test = TEST[recipe] | settings | {"side": side}
+        predictions = labels_of_model(model.to(device), split, test, device, args.workers)
+
+    # ---- Whether there is truth, and where labels go
+    truths = {name: split.root / f"masks/{name}.png" for name in split.names}
+    missing = in_first_process(lambda: [path for path in truths.values() if not path.is_file()])
+    C, scored = len(split.classes) + 1, not args.save or len(missing) < len(truths)
+    if scored and missing:
+        read_labels(missing[0], None, C)  # is refused, before any work
+    note = source if args.checkpoint else source / "made_of.json"
+    record = digest(note) if note.is_file() else None
+    if args.save:
+        files = [file for name in truths for file in (f"{name}.png", f"overlays/{name}.jpg")]
+        claim(args.save, files, {"script": "eval.py", "predicted_by": record, **settings},
+              reads=[*split.folders, source])
+
+    # ---- Predict, then score
+    counts = np.zeros((1 + len(SWEEP) * args.oracle_sweep, C, C), np.int64)
+    for name, labels in predictions:                                             # (H, W)
+        if args.save:
+            write_labels(Path(args.save, f"{name}.png"), labels)
+            with writing(Path(args.save, f"overlays/{name}.jpg")) as temporary:
+                overlay(split.image(name), labels).save(temporary)
+        if scored:
+            truth = read_labels(truths[name], labels.shape, C)
+            counts[0] += confusion_matrix(labels, truth, C)
+        if scored and args.oracle_sweep:
+            maps = read_cams(source, name, split.present(name), labels.shape)    # (n, H, W)
+            counts[1:] += sweep_matrices(maps, split.present(name), truth, C)
+    counts = sum_over_processes(torch.from_numpy(counts).to(device)).cpu().numpy()
     end_processes()
-    if RANK == 0:
-        report(args, split, mode, counts, how, record, scored)
+    if RANK > 0:
+        return
 
-
-def report(args, split, mode, counts, how, record, scored):
-    """Print the table, write the JSON. counts (scores, C, C)"""
-    details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in how.items()
+    # ---- Report: a table and a JSON
+    details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in settings.items()
                       if value is not False)
     if not scored:
-        print(f"{args.save}: labels of {len(split.names)} photos{details}, not scored: no masks; 0 "
+        print(f"{args.save}: labels of {len(truths)} photos{details}, not scored: no masks; 0 "
               "background, " + ", ".join(f"{i} {name}" for i, name in enumerate(split.classes, 1)))
         return
-    if not counts[0].any():
-        raise InputError(f"{split.root / 'masks'}: every pixel is 255 (ignore); expected some with "
-                         "a label")
-    labels, per_class = ["background", *split.classes], 100 * iou(counts[0])
-    result = {"miou": round(float(np.nanmean(per_class)), 6),
-              "iou": {name: None if np.isnan(value) else round(float(value), 6)
-                      for name, value in zip(labels, per_class)},
-              "list": split.split, "images": len(split.names), mode: getattr(args, mode), **how,
+    if not counts.any():
+        raise InputError(f"{split.root}/masks: every pixel is 255 (ignore); expected some with a "
+                         "label")
+    ious = 100 * np.stack([iou(matrix) for matrix in counts])                    # (1 or 1 + S, C)
+    miou, *mious = np.nanmean(ious, axis=1).round(6).tolist()
+    ious = [None if np.isnan(x) else round(x, 6) for x in ious[0].tolist()]
+    result = {"miou": miou, "iou": dict(zip(["background", *split.classes], ious)),
+              "list": split.split, "images": len(truths), mode: getattr(args, mode), **settings,
               "record": record}
     for name, value in result["iou"].items():
         print(f"{name:>16}  {'  absent' if value is None else f'{value:8.2f}'}")
-    print(f"{'mIoU':>16}  {result['miou']:8.2f}   {mode} {getattr(args, mode)} on "
-          f"{len(split.names)} images of {split.split}{details}")
+    print(f"{'mIoU':>16}  {miou:8.2f}   {mode} {result[mode]} on {len(truths)} images of "
+          f"{split.split}{details}")
     if args.oracle_sweep:
-        found = [100 * float(np.nanmean(iou(matrix))) for matrix in counts]
-        best = int(np.argmax(found))
-        score = [how["background_score"], *SWEEP][best]
-        result["oracle"] = {"miou": round(found[best], 3), "background_score": score,
-                            "background_score_chosen": "tuned on ground truth"}
-        print(f"{'oracle mIoU':>16}  {found[best]:8.2f}   background score {score}, TUNED ON "
-              "GROUND TRUTH")
+        curve = {score: miou} | dict(zip(SWEEP, mious))
+        best = max(curve, key=curve.get)
+        result["oracle"] = {"miou": curve[best], "background_score": best,
+                            "background_score_chosen": "tuned on ground truth",
+                            "curve": dict(sorted(curve.items()))}
+        print(f"{'oracle mIoU':>16}  {curve[best]:8.2f}   background score {best}, TUNED ON GROUND "
+              "TRUTH")
     if args.json:
         with writing(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,8 @@
 """eval.py: counts against set arithmetic and torchmetrics, pictures, prediction of any photos."""
 import json
 import shutil
+import weakref
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from test_data import photos
 from torchmetrics import JaccardIndex
 
 import eval
-from common import Split, read_image, write_labels
-from eval import confusion_matrix, iou, predict
+from common import Split, digest, read_image, write_labels
+from eval import SWEEP, confusion_matrix, iou, predict, slide, sweep_matrices
 from make_pseudo import average_in_segments, dense_crf, score_labels
 from mask_generator import ViT
 from train_seg import Segmenter
@@ -70,15 +72,67 @@ def test_iou_equals_torchmetrics(pets):
 
 
 def test_the_sweep_finds_the_best_of_single_scores(pets, monkeypatch):
+    """And writes them all; the score given is one of them"""
     flags, sweep = ["--cams", pets / "cams", "--background-score"], (0.3, 0.5, 0.7)
     single = {t: score(pets, *flags, t)["miou"] for t in sweep}
-    worst, *_, best = sorted(sweep, key=single.get)
+    worst, middle, best = sorted(sweep, key=single.get)
     assert len(set(single.values())) == 3
-    for score_given, swept in ((worst, (best, 0.99)), (best, (worst, 0.99))):
-        monkeypatch.setattr(eval, "SWEEP", swept)
+    for score_given, swept in ((worst, (best, middle)), (best, (middle, worst))):
+        monkeypatch.setattr(eval, "SWEEP", sorted(swept))
         oracle = score(pets, *flags, score_given, "--oracle-sweep")["oracle"]
-        assert oracle["background_score"] == best
-        assert oracle["miou"] == pytest.approx(single[best], abs=1e-3)
+        assert (oracle["background_score"], oracle["miou"]) == (best, single[best])
+        assert list(oracle["curve"].items()) == [(str(t), single[t]) for t in sweep]
+
+
+def test_the_sweep_counts_as_score_by_score():
+    """[eq. P1] Against its slow twin. Values equal to scores, in float32, the next ones above and
+    below, and equal maps; a photo without a class, classes that are not the first ones"""
+    rng, at = np.random.default_rng(0), np.array([0, *SWEEP, 1], np.float32)
+    values = np.concatenate([at, np.nextafter(at, np.float32(2)), np.nextafter(at, -at)])
+    assert any(float(x) > t for x, t in zip(at[1:], SWEEP))  # in float64 these were no ties
+    assert any(float(x) < t for x, t in zip(at[1:], SWEEP))
+    for present in ([], [2], [0, 1, 3], [1, 3]):
+        maps = torch.from_numpy(rng.choice(values.clip(0, 1), (len(present), 60, 50)))
+        maps[1:, :20] = maps[:1, :20]
+        truth, present = rng.choice([0, 1, 2, 3, 4, 255], (60, 50)).astype(np.uint8), np.array(
+            present, int)
+        slow = [confusion_matrix(score_labels(maps, present, t), truth, 5) for t in SWEEP]
+        assert np.array_equal(sweep_matrices(maps, present, truth, 5), slow)
+
+
+def test_no_photo_is_decoded_to_score_files(pets):
+    """Its size is in the header. Photos that are cut behind it, of which one is to be turned"""
+    turned, flags = Image.Exif(), (["--pred", pets / "pred"], ["--cams", pets / "cams"])
+    turned[0x0112] = 6
+    expected = [score(pets, *each) for each in flags]
+    for name, exif in (("a.jpg", turned), ("b.JPG", Image.Exif())):
+        path = pets / "images" / name
+        Image.effect_noise((8, 12) if exif else (12, 8), 99).convert("RGB").save(path, exif=exif)
+        path.write_bytes(path.read_bytes()[:-20])
+    assert [score(pets, *each) for each in flags] == expected
+
+
+def test_sizes_are_those_of_the_photo(pets, capsys):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (12, 8)).save(pets / "images/a.jpg", exif=turned)
+    flags = ["eval", "--data", pets, "--split", "train"]
+    for source, file in (("pred", "pred/a.png"), ("cams", "masks/a.png")):
+        line = error_line(capsys, *flags, f"--{source}", pets / source)
+        assert file in line and "(8, 12) pixels (height, width), its photo (12, 8)" in line
+
+
+def test_cams_of_other_labels_are_refused(pets, capsys):
+    """By the record beside them, before any is read"""
+    record = {"classes": PETS, "shown": {"a": [0], "b": [0, 2], "c": []}}
+    flags = ["--cams", pets / "cams", "--save", pets / "new"]
+    for change in ({"classes": PETS[::-1]}, {"shown": record["shown"] | {"b": [0, 1]}}):
+        (pets / "cams/made_of.json").write_text(json.dumps(record | change))
+        line = error_line(capsys, "eval", "--data", pets, "--split", "train", *flags)
+        assert "CAMs of the classes" in line or "other labels of b" in line
+    assert not (pets / "new").exists()
+    (pets / "cams/made_of.json").write_text(json.dumps(record))
+    score(pets, *flags)
 
 
 def test_score_labels_by_hand():
@@ -109,7 +163,7 @@ def segmenter(tmp_path_factory):
     model, path = Segmenter(ViT(8, 64, 1, (4, 4)), 4), tmp_path_factory.mktemp("model") / "seg.pt"
     torch.nn.init.normal_(model.label_vectors)
     torch.save({"segmenter": model.state_dict(), "vit": model.backbone.sizes, "classes": PETS,
-                "recipe": "toy", "record": {"side": 64}}, path)
+                "recipe": "toy", "side": 64, "record": {}}, path)
     return path
 
 
@@ -137,17 +191,43 @@ def test_labels_of_a_large_photo(monkeypatch):
     view = torch.from_numpy(np.array(view))
     among_winners, among_all = (dense_crf(view, each, (3, 3), (83, 5, 3)).argmax(0)
                                 for each in (prob[[0, 3]], prob))
-    for crf, expected in (("none", prob.argmax(0)), ("voc-test", 3 * among_winners)):
+    for crf, expected in (("none", prob.argmax(0)), ("weaktr-test", 3 * among_winners)):
         labels = eval.predict_labels(None, photo, {"crf": crf}, True, CPU)
         assert np.array_equal(labels, expected.repeat_interleave(2, 0).repeat_interleave(2, 1))
     assert not among_all.equal(3 * among_winners)
 
 
-def test_a_model_is_tested_at_the_size_it_was_trained_at(segmenter, tmp_path):
-    """--set side=40 stands in the record; the recipe's is 64"""
-    state = torch.load(segmenter, weights_only=True) | {"record": {"side": 40}}
-    torch.save(state, tmp_path / "seg.pt")
-    assert eval.load_segmenter(tmp_path / "seg.pt")[1:3] == ("toy", 40)
+def test_a_model_is_tested_at_the_size_it_was_trained_at(segmenter, pets, monkeypatch):
+    """--set side=40 stands in the file; the recipe's is 64"""
+    torch.save(torch.load(segmenter, weights_only=True) | {"side": 40}, pets / "seg.pt")
+    sides, view = set(), eval.predict
+    monkeypatch.setattr(eval, "predict", lambda model, photo, test, *rest: (
+        sides.add(test["side"]), view(model, photo, test, *rest))[1])
+    score(pets, "--checkpoint", pets / "seg.pt", "--scales", 1, "--crf", "none")
+    assert sides == {40}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("H, W", [(32, 61), (50, 32), (45, 70), (32, 32)])
+def test_windows_are_added_up_batch_by_batch(H, W):
+    """The same bits as from the scores of all windows at once; no batch's outlive the next one's,
+    which for 81 labels and large photos would take gigabytes"""
+    torch.manual_seed(0)
+    model, x, alive = Segmenter(ViT(8, 64, 1, (4, 4)), 5).eval(), torch.randn(2, 3, H, W), []
+    corners = list(product([*range(0, H - 32, 20), H - 32], [*range(0, W - 32, 20), W - 32]))
+    windows = torch.cat([x[:, :, top:top + 32, left:left + 32] for top, left in corners])
+    scores = torch.cat([model(part) for part in windows.split(3)]).unflatten(0, (len(corners), 2))
+    total, seen = torch.zeros(2, 5, H, W), torch.zeros(H, W)
+    for part, (top, left) in zip(scores, corners):
+        total[:, :, top:top + 32, left:left + 32] += part
+        seen[top:top + 32, left:left + 32] += 1
+
+    def watch(module, inputs, output):
+        assert sum(x() is not None for x in alive) <= 1
+        alive.append(weakref.ref(output))
+    model.register_forward_hook(watch)
+    assert slide(model, x, 32, 20, batch=3).equal(total / seen)
+    assert len(alive) == -(-2 * len(corners) // 3)
 
 
 def test_any_photos_are_predicted(segmenter, tmp_path, capsys):
@@ -178,7 +258,7 @@ def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path
     flags = ["--data", pets, "--split", "train", "--checkpoint", segmenter, "--present-only"]
     (pets / "masks/a.png").unlink()
     line = error_line(capsys, "eval", *flags, "--save", tmp_path / "a")  # some have masks
-    assert "masks/a.png: no readable label picture" in line
+    assert "masks/a.png: no readable label picture" in line and not (tmp_path / "a").exists()
     shutil.rmtree(pets / "masks")
     call("eval", *flags, "--save", tmp_path / "saved")
     printed, split = capsys.readouterr().out, Split(pets, "train")
@@ -187,6 +267,28 @@ def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path
         shown = {0, *(1 + np.flatnonzero(split.labels[name])).tolist()}
         check_label_png(tmp_path / f"saved/{name}.png", (12, 8), shown)
     assert "masks/a.png" in error_line(capsys, "eval", *flags)
+
+
+def test_saved_labels_replace_nothing(segmenter, pets, capsys):
+    """Neither truth, nor what another script made, nor an earlier prediction, nor what is scored"""
+    images = f"--images {pets}/images --checkpoint {segmenter} --crf none --scales 1 --save {pets}/"
+    call("eval", *f"{images}saved".split())
+    assert json.loads((pets / "saved/made_of.json").read_text()) == {
+        "script": "eval.py", "predicted_by": digest(segmenter), "scales": [1.0], "flip": True,
+        "crf": "none", "present_only": False}
+    for folder in ("other", "new"):
+        (pets / folder).mkdir()
+    (pets / "other/made_of.json").write_text('{"script": "make_pseudo.py"}')
+    before = files_in(pets)
+    for flags, says in (
+            (f"{images}masks", "masks/a.png: is there already"),
+            (f"{images}images", "this run reads from there"),
+            (f"{images}other", 'made with script "make_pseudo.py", now it is "eval.py"'),
+            (f"{images}saved", "of the same inputs"),
+            (f"--data {pets} --split train --pred {pets}/pred --save {pets}/pred", "reads from")):
+        line = error_line(capsys, "eval", *flags.split())
+        assert says in line and "pass another folder" in line and "--resume" not in line
+        assert files_in(pets) == before
 
 
 @pytest.mark.parametrize("flags, says", [
