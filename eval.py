@@ -24,15 +24,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, QUIET, RANK, WORLD, InputError, Split, check_classes, claim,
-    digest, end_processes, in_first_process, label_picture, load_photos, read_labels, run,
+    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Split, check_classes, claim, digest,
+    end_processes, in_first_process, label_picture, load_photos, progress, read_labels, run,
     start_processes, sum_over_processes, write_labels, writing)
 from make_pseudo import (
-    BACKGROUND_SCORE, PRESETS, check_cams, check_score, dense_crf, read_cams, score_labels,
-    with_background)
+    PRESETS, RECIPES, check_cams, check_score, dense_crf, read_cams, score_labels, with_background)
 from mask_generator import scaled_input
 from train_seg import load_segmenter
 
@@ -159,12 +157,12 @@ def overlay(photo, labels):
 # ---- Labels of this process's photos: (name, uint8 (H, W)) one by one ----------------------------
 
 def labels_of_pngs(folder, split):
-    for name in tqdm(split.names[RANK::WORLD], "eval", disable=QUIET):
+    for name in progress(split.names[RANK::WORLD], "eval"):
         yield name, read_labels(folder / f"{name}.png", split.size(name), len(split.classes) + 1)
 
 
 def labels_of_cams(folder, split, background_score):
-    for name in tqdm(split.names[RANK::WORLD], "eval", disable=QUIET):
+    for name in progress(split.names[RANK::WORLD], "eval"):
         maps = read_cams(folder, name, split.present(name), split.size(name))    # (n, H, W)
         yield name, score_labels(maps, split.present(name), background_score)
 
@@ -181,8 +179,9 @@ class Photos(Split):
 
     def __init__(self, folder, classes):
         self.root, self.split, self.classes, self.upright = Path(folder), folder, classes, True
-        endings = Image.registered_extensions()
-        paths = [x for x in sorted(self.root.glob("[!.]*")) if x.suffix.lower() in endings]
+        kinds = Image.registered_extensions()  # of those that Pillow writes, it cannot read all
+        paths = [x for x in sorted(self.root.glob("[!.]*"))
+                 if kinds.get(x.suffix.lower()) in Image.OPEN]
         self.paths = {path.stem: path for path in paths}
         self.names, self.folders = list(self.paths), {self.root}
         if not 0 < len(self.names) == len(paths):
@@ -203,8 +202,9 @@ def parse_args(argv=None):
     group.add_argument("--cams", metavar="DIR", help="score CAMs, cut at the background score")
     group.add_argument("--checkpoint", metavar="FILE", help="score a segmentation model, seg.pt")
     add("--split", default="val", help="ROOT/SPLIT.csv: the photos")
-    add("--background-score", type=float, metavar="T", help="--cams: in (0, 1); None: "
-        f"{BACKGROUND_SCORE}, WeakTr's, found there with train masks of VOC (COCO: 0.42)")
+    add("--recipe", choices=list(RECIPES), help="--cams: whose background score; None: voc's, 0.43 "
+        "(coco: 0.42), WeakTr's, found there with train masks. A checkpoint knows its own")
+    add("--background-score", type=float, metavar="T", help="--cams: another one, in (0, 1)")
     add("--oracle-sweep", action="store_true", help="--cams: also the best background score, FOUND "
         "WITH THE MASKS: for analysis, not for results")
     add("--present-only", action="store_true", help="--checkpoint: only background and the classes "
@@ -224,7 +224,7 @@ def parse_args(argv=None):
 def main(args):
     # ---- Refuse what the chosen mode would ignore
     mode = "pred" if args.pred else "cams" if args.cams else "checkpoint"
-    needs = {"background_score": "cams", "oracle_sweep": "cams"} | dict.fromkeys(
+    needs = dict.fromkeys(("recipe", "background_score", "oracle_sweep"), "cams") | dict.fromkeys(
         ("present_only", "scales", "flip", "crf", "images"), "checkpoint")
     for flag, needed in needs.items():
         given = getattr(args, flag) not in (None, False) or flag == "flip" and args.flip is False
@@ -233,8 +233,8 @@ def main(args):
     if args.images and (args.present_only or not args.save):
         raise InputError("--images: these photos have no labels; " + (
             "leave out --present-only" if args.present_only else "pass --save, a folder for them"))
-    if args.scales and not min(args.scales) > 0:
-        raise InputError(f"--scales {args.scales}: expected numbers above 0")
+    if args.scales and not all(0 < scale < 100 for scale in args.scales):
+        raise InputError(f"--scales {args.scales}: expected numbers above 0 and below 100")
     if args.background_score is not None:
         check_score(args.background_score)
 
@@ -248,7 +248,8 @@ def main(args):
     elif args.cams:
         score, chosen = args.background_score, "given"
         if score is None:
-            score, chosen = BACKGROUND_SCORE, "WeakTr's, found with train masks of VOC"
+            score, _ = RECIPES[args.recipe or "voc"]
+            chosen = f"WeakTr's, found with train masks of {'COCO' if score < 0.43 else 'VOC'}"
         check_cams(source, split)
         settings = {"background_score": score, "background_score_chosen": chosen}
         predictions = labels_of_cams(source, split, score)
@@ -266,6 +267,7 @@ def main(args):
     truths = {name: split.root / f"masks/{name}.png" for name in split.names}
     missing = in_first_process(lambda: [path for path in truths.values() if not path.is_file()])
     C, scored = len(split.classes) + 1, not args.save or len(missing) < len(truths)
+    scored = scored and not args.images
     if scored and missing:
         read_labels(missing[0], None, C)  # is refused, before any work
     note = source if args.checkpoint else source / "made_of.json"

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
 from common import run, writing  # noqa: E402
 from exercise import call  # noqa: E402
-from make_pseudo import BACKGROUND_SCORE  # noqa: E402
+from make_pseudo import RECIPES  # noqa: E402
 
 WORDS = {"true": dict(zip(toy.OBJECTS, toy.BACKGROUNDS)),
          # What somebody would write who knows the classes and not the data
@@ -169,7 +169,7 @@ def main(args):
         if row.title in args.only and not done:
             run_row(args, row, seed)
     results = {row.title: scores(args, row) for row in ROWS}
-    print(f"CAMs of {args.train} training photos, background score {BACKGROUND_SCORE}\n\n"
+    print(f"CAMs of {args.train} training photos, background score {RECIPES['toy'][0]}\n\n"
           f"{'':<36}{'mIoU':<14}{'best score':<14}own backgrounds   seeds")
     for title, found in results.items():
         if found:

@@ -34,7 +34,7 @@ from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
 from common import InputError, label_picture, read_record, run, writing  # noqa: E402
 from eval import TEST, confusion_matrix, iou, predict_labels  # noqa: E402
 from make_pseudo import (  # noqa: E402
-    BACKGROUND_SCORE, PRESETS, dense_crf, hard_unary, score_labels, with_background)
+    PRESETS, RECIPES, dense_crf, hard_unary, score_labels, with_background)
 from train_cam import (  # noqa: E402
     cosine, embed_masked, match_loss, recipe_of, refine_loss, region_masks)
 from train_seg import load_segmenter  # noqa: E402
@@ -257,7 +257,7 @@ def gains(r, out):
     refinement removes, with only what it adds"""
     counts = defaultdict(int)
     for name in r.true:
-        match, refine = (score_labels(cams, r.split.present(name), BACKGROUND_SCORE)
+        match, refine = (score_labels(cams, r.split.present(name), RECIPES["toy"][0])
                          for cams in cams_of(r, name, "match", "refine"))
         for key, labels in (("matching", match), ("refinement", refine),
                             ("only what it removes", match * (refine > 0)),
@@ -275,7 +275,7 @@ def crf(r, out):
         photo.thumbnail((256, 256))  # a large photo takes long
         cams = F.interpolate(cams_of(r, name, "refine")[0][None], size=photo.size[::-1],
                              mode="bilinear")[0]
-        prob = hard_unary(with_background(cams, BACKGROUND_SCORE).argmax(0), 1 + len(present))
+        prob = hard_unary(with_background(cams, RECIPES["toy"][0]).argmax(0), 1 + len(present))
         rows.append([photo])
         for n in steps:
             Q = dense_crf(torch.from_numpy(np.array(photo)), prob, preset["gaussian"],
