@@ -256,8 +256,8 @@ def fetch_weights(url, sha256):
                              f"and save it as {path}") from None
     wait_for_all()
     if not (found := digest(path)).startswith(sha256):
-        raise InputError(f"{path}: its SHA-256 begins with {found[:8]}; expected the published file, "
-                         f"{sha256[:8]}; remove it, and it is downloaded again")
+        raise InputError(f"{path}: its SHA-256 begins with {found[:8]}; expected the published "
+                         f"file's, {sha256[:8]}; remove it, and it is downloaded again")
     return path
 
 

@@ -419,8 +419,8 @@ def main(args):
         labels = pseudo_mask(photo, cams, present, score, crf, device)
         write_labels(Path(args.out, f"{name}.png"), labels)
     end_processes()
-    return (f"{args.out}: masks of {len(split.names)} photos; next:\n    python train_seg.py --data "
-            f"{args.data} --split {args.split} --labels {args.out} --out OUT")
+    return (f"{args.out}: masks of {len(split.names)} photos; next:\n    python train_seg.py "
+            f"--data {args.data} --split {args.split} --labels {args.out} --out OUT")
 
 
 if __name__ == "__main__":
