@@ -102,14 +102,15 @@ def slide(model, x, window, stride, batch=8):
 def window_view(photo, side, window):
     """PIL photo -> (1, 3, h, w), ImageNet-normalised, as published: the short side has `side`
     pixels, the long one at most eight times as many; if that is less than a window, the view is
-    enlarged from there: scale 0.5 of side 520 is a blurred 480."""
+    enlarged from there: scale 0.5 of side 520 is a blurred 480. At most 32 windows long."""
     factor = min(side / min(photo.size), 8 * side / max(photo.size))
     W, H = (int(factor * pixels + 0.5) for pixels in photo.size)
     x = v2.functional.pil_to_tensor(photo).float()[None] / 255
     x = F.interpolate(v2.functional.normalize(x, IMAGENET_MEAN, IMAGENET_STD), size=(H, W),
                       mode="bilinear")
     if (short := min(H, W)) < window:
-        x = F.interpolate(x, size=(H * window // short, W * window // short), mode="bilinear")
+        size = [min(pixels * window // short, 32 * window) for pixels in (H, W)]
+        x = F.interpolate(x, size=size, mode="bilinear")
     return x
 
 

@@ -92,9 +92,11 @@ WEIGHTS = {"empty": text(""), "cut": cut, "a list": OURS["a list"], "hostile": O
            "text for a tensor": first_tensor("text"),
            "10^12 values": first_tensor(torch.zeros(1).expand(10**6, 10**6))}
 DAMAGES = {
-    "photo": {"empty": text(""), "cut": cut, "60,000 x 60,000": huge_png},
+    "photo": {"empty": text(""), "cut": cut, "60,000 x 60,000": huge_png,
+              "real numbers": picture("F", 0.5, kind="TIFF")},
     "csv": {"empty": text(""), "NUL": text("a\0b,bird\n"), "a folder": text("images,\n"),
             "an open quote": text('"images/train_00001.jpg,bird\n' * 6000),
+            "no photo": text("images/train_00001.jpg,bird\n,boat\n"),
             "a cell of 1 MB": text("a" * 10**6 + ",bird\n"),
             "a class of none": text("images/train_00001.jpg,unicorn\n"),
             "not UTF-8": text(b"\xff\xfe\x00\xd8")},
@@ -107,7 +109,11 @@ DAMAGES = {
     "cam": {"cut": cut, "10^12 values": huge_array, "objects": array(np.array([{}])),
             "NaN": array(np.full((1, 16, 16), np.nan)), "above 1": array(np.full((1, 4, 4), 1.5)),
             "another shape": array(np.zeros((5, 16, 16))), "no rows": array(np.zeros((1, 16, 0)))},
-    "generator": OURS, "seg": OURS, "CLIP": WEIGHTS, "DeiT": WEIGHTS, "ResNet": WEIGHTS}
+    "generator": OURS, "seg": OURS, "DeiT": WEIGHTS, "ResNet": WEIGHTS, "CLIP": WEIGHTS | {
+        "a ResNet": lambda path: torch.save({"visual.layer1.0.conv1.weight": torch.ones(1)}, path),
+        "a short vocabulary": lambda path: torch.save({
+            key: x[:9] if key == "token_embedding.weight" else x
+            for key, x in torch.load(path, weights_only=True).items()}, path)}}
 
 
 @pytest.fixture(scope="module")

@@ -224,3 +224,6 @@ def test_downloads(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     assert fetch_weights(url, digest[:8]).read_bytes() == b"weights"
+    (place / "w.pt").write_bytes(b"others")
+    with pytest.raises(InputError, match=f"w.pt: its SHA-256 begins with .*, {digest[:8]}; remove"):
+        fetch_weights(url, digest[:8])

@@ -1,21 +1,25 @@
 """The recipes against the published figures, and the tricks of the segmentation model."""
 import json
+from argparse import Namespace
 
+import coco
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import voc
 from conftest import CPU, PHASES, call, two_processes
 from PIL import Image
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 import common
 import eval
+import make_pseudo
 import train_cam
 import train_seg
 from common import (
     IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, schedule, write_labels)
-from mask_generator import MaskGenerator, ViT, load_vit
+from mask_generator import MaskGenerator, ViT, load_vit, photo_cams
 from train_cam import cosine_rate, recipe_of
 from train_seg import Segmenter
 
@@ -71,6 +75,68 @@ def test_published_values(phase, column, name, images):
         assert (recipe["crop"], recipe["min_area"], recipe["epochs"]) == (224, 0.08, 60)
         strong = (None, None) if phase == "prompts" else (True, 0.1)
         assert (recipe.get("augment"), recipe.get("drop_path")) == strong
+
+
+TOY = {
+    "classify": {"epochs": 4, "batch": 32, "lr": 1e-3, "backbone_lr": 0.02, "weight_decay": 0.03,
+                 "warmup": 0, "last_lr": 0, "class_attention": False, "pool": "max",
+                 "reduction": 2},
+    "match": {"epochs": 8, "batch": 16, "lr": 1e-3, "lambda_b": 0.75, "eps": 0.1,
+              "backbone_lr": 0.02, "weight_decay": 0.03},
+    "prompts": {"epochs": 10, "batch": 32, "lr": 2.5e-2, "lambda_t": 0.02, "repel": "text",
+                "length": 30, "eps": 1e-4, "weight_decay": 0.03},
+    "refine": {"epochs": 8, "batch": 16, "lr": 1e-3, "lambda_b": 0.75, "lambda_r": 1, "eps": 0.1,
+               "backbone_lr": 0.02, "weight_decay": 0.03},
+    "export": {"scales": (1, 1.2)},
+    "seg": {"epochs": 14, "batch": 8, "optimizer": "adamw", "lr": 3e-4, "backbone_lr": 1,
+            "last_lr": 0, "weight_decay": 1e-4, "clip_start": 0, "drop_path": 0, "dropout": 0,
+            "side": 64, "scale": (0.75, 1.5), "crop": 64},
+    "test": {"scales": (1, 1.25, 1.5), "window": None, "stride": None, "crf": "clip-es"}}
+
+
+@pytest.mark.parametrize("phase", TOY)
+def test_the_toy_column(phase):
+    recipe = (seg_recipe("toy") if phase == "seg" else eval.TEST["toy"] if phase == "test" else
+              recipe_of("toy", phase, {}))
+    assert {key: recipe[key] for key in TOY[phase]} == TOY[phase]
+    if phase in PHASES:
+        assert (recipe["crop"], recipe["min_area"], recipe["rate_changes"]) == (64, 0.4, "step")
+        assert (recipe.get("augment"), recipe.get("drop_path")) == (
+            (None, None) if phase == "prompts" else (False, 0))
+
+
+def test_defaults():
+    """Of the command lines, and constants beside the tables; literals, as the README states them"""
+    args = train_cam.parse_args(["--data", "d", "--out", "o"])
+    assert (args.clip, args.recipe, args.split, args.phase, args.generator, args.vit, args.resnet,
+            args.seed) == ("ViT-B/32", "voc", "train", "all", "vit", "deit_small", "resnet50", 0)
+    args = train_seg.parse_args(["--data", "d", "--labels", "l", "--out", "o"])
+    assert (args.recipe, args.split, args.vit, args.seed) == ("voc", "train", "deit_small", 0)
+    args = make_pseudo.parse_args(["--data", "d", "--cams", "c", "--out", "o"])
+    assert (args.recipe, args.split) == ("voc", "train")
+    assert make_pseudo.RECIPES == {"voc": (0.43, "voc"), "coco": (0.42, "irn"),
+                                   "toy": (0.43, "voc")}
+    args = eval.parse_args(["--data", "d", "--pred", "p"])
+    assert (args.split, args.recipe, args.background_score) == ("val", None, None)
+    assert [round(50 * score) for score in eval.SWEEP] == [*range(1, 50)] and eval.LARGEST == 1024
+    assert voc.CLASSES[10:20] == [
+        "diningtable: dining table", "dog", "horse", "motorbike", "person: player",
+        "pottedplant: potted plant", "sheep", "sofa", "train", "tvmonitor: tv monitor"]
+    assert sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}) == sorted(
+        {*range(1, 91)} - {*coco.MISSING_IDS})
+
+
+def test_the_largest_grid_of_an_export():
+    """2,500 patches: a photo of 500 x 375 at scale 1.2, and a larger one"""
+    shapes = []
+
+    def S(x):
+        shapes.append(tuple(x.shape[2:]))
+        return torch.zeros(2, 1, 3, 4), {}
+    S.backbone = Namespace(patch=16)
+    for size in ((500, 375), (1600, 1200)):
+        photo_cams(S, Image.new("RGB", size), torch.tensor([0]), (1, 1.2))
+    assert shapes == [(368, 496), (448, 608), (688, 928), (688, 928)]
 
 
 @pytest.mark.parametrize("phase", STEPS)
@@ -359,6 +425,7 @@ def test_windows_in_one_batch_are_windows_one_by_one():
             total = total + scores.softmax(dim=0) / 6
     torch.testing.assert_close(batched, total)
     assert eval.window_view(Image.new("RGB", (1000, 50)), 40, 32).shape == (1, 3, 32, 640)
+    assert eval.window_view(Image.new("RGB", (900, 3)), 40, 32).shape == (1, 3, 32, 1024)
 
 
 def test_views_of_the_segmentation_are_padded_last(toy):

@@ -180,6 +180,28 @@ def test_flags_that_cannot_be(command, expected, says, tmp_path):
     assert expected in says(*command.format(m=tmp_path).split())
 
 
+def test_a_seed_of_any_length(cam, tmp_path):
+    """torch takes 64 bits alone."""
+    cam(tmp_path, "--phase", "classify", "--steps", 1, "--seed", 10**30)
+
+
+def test_what_a_script_says_at_its_end(toy, chain, tmp_path, capsys, monkeypatch):
+    """What it wrote, and the next command; interrupted, one line"""
+    flags = ["--data", toy / "data", "--split", "few", "--cams", chain / "cam/cams", "--crf",
+             "none", "--out", tmp_path]
+    call("make_pseudo", *flags)
+    told = capsys.readouterr().out
+    assert f"{tmp_path}: masks of 3 photos; next:\n    python train_seg.py --data" in told
+    assert "pseudo masks: 1 of 3" in told and "pseudo masks: 3 of 3" in told  # in a log
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(make_pseudo, "Split", interrupted)
+    with pytest.raises(SystemExit) as end:
+        call("make_pseudo", *flags)
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
 def test_a_missing_label_shows_at_the_start(says, tmp_path):
     (tmp_path / "masks/train_00007.png").unlink()
     assert "train_00007.png: no such file, 1 of 1" in says("train_seg")
