@@ -95,7 +95,7 @@ class CLIP(nn.Module):
         return self.read_text(x, torch.full((K,), P + 5, device=x.device))
 
     def read_text(self, x, eot):
-        """u = LN(Blocks(x + positions))[EOT] W: x (B, T, D), places of [EOT] (B,) -> (B, E)"""
+        """u = LN(Blocks(x + positions))[EOT] W: x (B, T, D), indices of [EOT] (B,) -> (B, E)"""
         T = x.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()      # (T, T)
         x = self.transformer(x + self.positional_embedding[:T], causal)          # (B, T, D)
@@ -319,9 +319,9 @@ def nearest_words(features, words, clip, top=5):
     space"""
     texts = class_texts(clip, words)                                             # (words, E)
     cosine = F.normalize(features.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-    values, places = cosine.topk(min(top, len(words)), dim=1)                    # (K, top)
+    values, found = cosine.topk(min(top, len(words)), dim=1)                     # (K, top)
     return [[(words[i], value) for i, value in zip(*row)]
-            for row in zip(places.tolist(), values.tolist())]
+            for row in zip(found.tolist(), values.tolist())]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -190,9 +190,9 @@ def check_folder(folder, files, record, resume=None, reads=()):
     --resume with the record of the same inputs; or the run reads from there. record None: nothing
     may be there; resume None: the script has no --resume."""
     folder = Path(folder)
-    for place in {(folder / file).parent for file in files}:
-        if place.exists() and any(os.path.exists(x) and place.samefile(x) for x in reads):
-            raise InputError(f"{place}: this run reads from there; pass another folder to write to")
+    for to in {(folder / file).parent for file in files}:
+        if to.exists() and any(os.path.exists(x) and to.samefile(x) for x in reads):
+            raise InputError(f"{to}: this run reads from there; pass another folder to write to")
     before = read_record(folder)
     there = [path for file in files if (path := folder / file).exists()]
     if before is None and there:
@@ -516,7 +516,7 @@ class Training:
     def batches(self):
         """image (B, 3, H, W) on the device, labels on the CPU, of the steps that are left"""
         self.model.train()
-        order = places(len(self.photos), self.recipe, self.args.seed, self.done)
+        order = image_order(len(self.photos), self.recipe, self.args.seed, self.done)
         for image, labels in DataLoader(self.photos, batch_sampler=order,
                                         num_workers=self.args.workers,
                                         pin_memory=self.device.type == "cuda"):
@@ -601,14 +601,14 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 
-def places(n, recipe, seed, start=0):
+def image_order(n, recipe, seed, start=0):
     """The (epoch, i) of this process's images, step by step: shuffled passes over n photos, one
     after the other, are cut into batches, of which a process takes its part. An item depends on
     seed, epoch and i alone: resuming and more processes or workers change no image."""
     batch = recipe["batch"]
     for step in range(start, recipe["steps"]):
         part = range(step * batch + RANK, (step + 1) * batch, WORLD)
-        yield [(place // n, shuffled(n, seed, place // n)[place % n]) for place in part]
+        yield [(at // n, shuffled(n, seed, at // n)[at % n]) for at in part]
 
 
 def read_changes(args, recipe, choices):

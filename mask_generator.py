@@ -36,7 +36,7 @@ from common import (
     IMAGENET_MEAN, IMAGENET_STD, InputError, check_classes, fetch_weights, load_weights,
     read_checkpoint, read_tensors)
 
-# B images, K classes, H W pixels, h w grid of patches or CNN places, L layers, A heads of
+# B images, K classes, H W pixels, h w grid of patches or CNN cells, L layers, A heads of
 # attention, D ViT width, T tokens (K + h*w)
 
 HEAD_WIDTH = 64  # channels of one head of attention, the same in every DeiT
@@ -90,10 +90,10 @@ class MaskGenerator(nn.Module):
         return fine, {"tokens": x[:, :K].mean(dim=2), "coarse": coarse.mean(dim=(2, 3)),
                       "fine": of_fusion.mean(dim=(2, 3))}
 
-    def spread(self, A, coarse):
+    def spread(self, fused, coarse):
         """fine = A_p2p (A_c2p * relu(coarse)): A (B, T, T), coarse (B, K, h, w) -> (B, K, h, w)"""
         K = self.num_classes
-        A_c2p, A_p2p = A[:, :K, K:], A[:, K:, K:]                        # (B, K, hw), (B, hw, hw)
+        A_c2p, A_p2p = fused[:, :K, K:], fused[:, K:, K:]                # (B, K, hw), (B, hw, hw)
         m = Rectify.apply(coarse).flatten(2)                             # (B, K, hw)
         if self.options["class_attention"]:                              # [detail 1]
             m = A_c2p * m
@@ -277,7 +277,7 @@ class ResNet(resnet.ResNet):
         for conv in (module for module in self.layer4.modules() if isinstance(module, nn.Conv2d)):
             if conv.stride == (2, 2):  # torchvision's own dilation is of Bottleneck alone
                 conv.stride = (1, 1)
-            elif conv.kernel_size == (3, 3):  # sees twice as many places now: takes every other one
+            elif conv.kernel_size == (3, 3):  # sees twice as many cells now: takes every other one
                 conv.dilation = conv.padding = (2, 2)
 
     def forward(self, image):

@@ -317,8 +317,8 @@ class Crops(Dataset):
     def __len__(self):
         return len(self.split.names)
 
-    def __getitem__(self, place):
-        epoch, i = place
+    def __getitem__(self, item):
+        epoch, i = item
         name = self.split.names[i]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, epoch, i))

@@ -149,8 +149,8 @@ class Labelled(Dataset):
     def __len__(self):
         return len(self.split.names)
 
-    def __getitem__(self, place):
-        epoch, i = place
+    def __getitem__(self, item):
+        epoch, i = item
         name, crop = self.split.names[i], self.recipe["crop"]
         photo = v2.functional.pil_to_tensor(self.split.image(name))              # (3, H, W) uint8
         H, W = photo.shape[1:]

@@ -91,7 +91,7 @@ def places(monkeypatch, n, steps, start=0, rank=0, world=1, seed=5):
     """The batches of (epoch, i) that a process loads, four a step over all processes"""
     monkeypatch.setattr(common, "RANK", rank)
     monkeypatch.setattr(common, "WORLD", world)
-    return list(common.places(n, {"batch": 4, "steps": steps}, seed, start))
+    return list(common.image_order(n, {"batch": 4, "steps": steps}, seed, start))
 
 
 def test_batches(monkeypatch):

@@ -18,7 +18,7 @@ import make_pseudo
 import train_cam
 import train_seg
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, Split, Training, places, read_labels, schedule, write_labels)
+    IMAGENET_MEAN, IMAGENET_STD, Split, Training, image_order, read_labels, schedule, write_labels)
 from mask_generator import MaskGenerator, ViT, load_vit, photo_cams
 from train_cam import cosine_rate, recipe_of
 from train_seg import Segmenter
@@ -315,10 +315,10 @@ def test_sgd_by_hand(toy, voc_like, one_process):
     model = Segmenter(train_seg.load_backbone(toy / "vit.pth", recipe), 7)
     photos = train_seg.Labelled(Split(toy / "data", "train"), voc_like[3], recipe, 0)  # of --labels
     speed = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    order = list(places(len(photos), recipe, 0))
+    order = list(image_order(len(photos), recipe, 0))
     for step in range(3):
         rate = 0.1 + 0.4 * (1 - step / 3) ** 0.9
-        image, labels = map(torch.stack, zip(*(photos[place] for place in order[step])))
+        image, labels = map(torch.stack, zip(*(photos[item] for item in order[step])))
         log_p, known = model(image).log_softmax(1), labels != 255
         picked = log_p.gather(1, labels.long().where(known, 0)[:, None])[:, 0]
         losses = -picked * known                                                     # (4, 48, 48)
