@@ -493,7 +493,7 @@ class Training:
         self.optimizer = optimizer(groups, lr=recipe["lr"], weight_decay=recipe["weight_decay"])
         self.autocast, self.scaler = mixed_precision(device, args.precision)
         self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.done, self.rows, self.sums = 0, [], 0  # steps, of the log, since its last row
+        self.done, self.rows, self.sums = 0, [], 0  # steps, rows of the log, sums since the last
         if in_first_process(lambda: earlier_run(path, record, args.resume)) == "begun":
             begun = read_checkpoint(path.with_suffix(".part"), "model", "pass another --out")
             for name, part in self.parts.items():
@@ -504,7 +504,7 @@ class Training:
         self.every = max(1, min(steps // 60, 500))  # steps from one save to the next
         self.snapshot_steps = {min(steps, self.every * round(steps * i / snapshots / self.every))
                           for i in range(1, snapshots + 1)}
-        self.save_part()
+        self.save_part()  # a full disk shows before the first step
         self.model = DistributedDataParallel(model) if WORLD > 1 else model
         if RANK == 0:
             epochs = steps * recipe["batch"] / len(photos)
@@ -535,7 +535,7 @@ class Training:
         n = torch.full((), n, dtype=torch.float64, device=self.device)
         self.sums = self.sums + torch.stack([n, *(x.detach() * n for x in losses.values())])
         self.bar.update()
-        if self.done in self.snapshot_steps:  # before the .part, after which a resumed run begins
+        if self.done in self.snapshot_steps:  # before the .part: if killed in between, once more
             self.save(f"{self.path.name}-{self.done}.pt", self.state())
         if self.done % self.every == 0 or self.done == self.recipe["steps"]:
             self.log(losses)
@@ -582,8 +582,8 @@ class Training:
 
 
 def share_of_all(n, device):
-    """This process's n, divided by the mean n of all processes: DDP takes the mean of gradients,
-    and scaled so it is that of the mean over all pairs. Nothing waits for the device."""
+    """n / (mean n of all processes): turns DDP's mean of the gradients into that of the mean over
+    all pairs. Nothing waits for the device."""
     if WORLD == 1:
         return 1
     total = sum_over_processes(torch.full((), float(n), device=device))

@@ -86,7 +86,7 @@ TABLE = {
     ("match refine", "eps"):         (0.1,        0.1,           0.1),
     ("match refine", "backbone_lr"): (0.1,        0.1,           0.02),   # of a CNN, times lr
     ("match prompts refine", "weight_decay"): (0.03, 0.03,       0.03),
-    ("classify match prompts refine", "drop_last"): (True, True, False),  # incomplete batches
+    ("classify match prompts refine", "drop_last"): (True, True, False),  # counts whole batches
     ("classify match prompts refine", "rate_changes"): ("epoch", "epoch", "step"),
     ("classify match prompts refine", "crop"): (224, 224,        64),     # side in pixels
     ("classify match prompts refine", "min_area"): (0.08, 0.08,  0.4),    # least share of the photo
@@ -160,7 +160,7 @@ def region_masks(cam, size, eps):
 
 def clip_view(clip, image):
     """ImageNet-normalised (B, 3, H, W) -> X (B, 3, R, R) in CLIP's normalisation and size.
-    There 0 is CLIP's mean colour, into which M X fades where M is 0."""
+    In it 0 is CLIP's mean colour, which masked pixels take."""
     if image.shape[2:] != (clip.resolution, clip.resolution):
         image = F.interpolate(image, size=(clip.resolution, clip.resolution), mode="bicubic",
                               antialias=True)
@@ -287,7 +287,7 @@ def training(model, args, recipe, record, split, device):
 def cosine_rate(step, recipe):
     """The rate of step 0, 1, ..: up from first_lr in the warm-up (if the recipe has one), then on
     half a cosine to last_lr (or 0). The cosine is counted from step 0, not from the end of the
-    warm-up. If it changes once an epoch, it is that of the epoch before, as in DeiT's loop."""
+    warm-up. If it changes once an epoch, an epoch has the rate of the one before, as in DeiT."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
     if recipe["rate_changes"] == "epoch":
         epochs = recipe["epochs"]
@@ -302,7 +302,7 @@ class Crops(Dataset):
 
     def __init__(self, split, recipe, seed):
         self.split, self.seed = split, seed
-        augment = recipe.get("augment")  # not for the prompts, which see crops and mirror images
+        augment = recipe.get("augment")  # the prompts see crops and mirror images alone
         grey = [round(255 * value) for value in IMAGENET_MEAN]
         rand_augment = v2.RandAugment(1, 9, 11, InterpolationMode.BICUBIC, grey)
         self.view = v2.Compose([
@@ -374,21 +374,20 @@ def phases_left(args, phases, recipes, split, texts):
     Raises InputError for files in the way, before the first step of work."""
     left = []
     for phase in phases:
-        nothing_there = len(phases) > 1 and (left or not args.resume)  # --phase all begins here
-        record = None if nothing_there else record_of(phase, recipes[phase], args, split, texts)
+        path, must_be_new = args.out / phase, len(phases) > 1 and (left or not args.resume)
+        record = None if must_be_new else record_of(phase, recipes[phase], args, split, texts)
+        ends = (".jsonl", ".txt") if phase == "prompts" else (".jsonl",)
         if phase == "export":
             check_folder(args.cams, [f"{name}.npy" for name in split.names], record, args.resume,
                          split.folders)
-        elif nothing_there:
-            ends = [".pt", ".part", ".jsonl", *[".txt"] * (phase == "prompts")]
-            for path in [*(args.out / (phase + end) for end in ends), *snapshots(args.out / phase)]:
-                if path.exists():
-                    problem = (f"made of an earlier {left[0]}.pt, which is not there" if left else
-                               "--phase all begins where no file of a phase is; add --resume to go "
-                               "on")
-                    raise InputError(f"{path}: {problem}; pass another --out, or run one --phase")
-        elif earlier_run(args.out / phase, record, args.resume,
-                         (".jsonl", ".txt") if phase == "prompts" else (".jsonl",)) == "finished":
+        elif must_be_new:
+            files = [path.with_suffix(end) for end in (".pt", ".part", *ends)]
+            if there := [file for file in (*files, *snapshots(path)) if file.exists()]:
+                why = (f"made of an earlier {left[0]}.pt, which is not there" if left else
+                       "--phase all needs an --out without files of the phases; add --resume to go "
+                       "on")
+                raise InputError(f"{there[0]}: {why}; pass another --out, or run one --phase")
+        elif earlier_run(path, record, args.resume, ends) == "finished":
             continue
         left.append(phase)
     return left
@@ -443,7 +442,7 @@ def parse_args(argv=None):
     add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
         "a checkpoint file")
     add("--snapshots", type=int, default=0, metavar="N", help="OUT/PHASE-STEP.pt too, N times "
-        "on the way, for the published protocol, which chooses among them with masks")
+        "on the way, but not of prompts: for the published protocol, which chooses with masks")
     add("--generator", choices=["vit", "resnet"], default="vit", help="S; chosen in classify")
     add("--vit", default="deit_small", metavar="NAME", help="classify: an ImageNet-pretrained "
         "DeiT by name, downloaded once, or a checkpoint file")
