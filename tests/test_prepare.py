@@ -108,6 +108,7 @@ def test_train_xml_leaves_out_images_of_other_tasks(tmp_path):
     (root / "ImageSets/Main/trainval.txt").write_text("a\nb\nd\n")
     call("voc", "--voc", root)
     assert list(listed(root, "train_xml")) == ["a", "b", "c"]
+    assert listed(root, "test") == {"x": [], "z": []}
 
 
 def test_a_test_photo_has_the_labels_of_its_own_xml(tmp_path, capsys):
