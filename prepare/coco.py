@@ -13,11 +13,10 @@ import argparse
 import json
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 try:
     from pycocotools import mask as coco_mask
@@ -25,7 +24,7 @@ except ImportError:
     coco_mask = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, digest, label_picture, run
+from common import InputError, digest, label_picture, progress, run
 from layout import claim_all, write_lists, write_missing
 
 OFFICIAL = {"instances_train2014": 82081, "instances_val2014": 40137}
@@ -50,16 +49,46 @@ def read_instances(path):
                          "expected images, annotations, categories; download it again") from None
 
 
+def unpack_counts(text):
+    """Run lengths packed into text, as pycocotools does -> whole numbers. Digits of 5 bits, the
+    lowest first, 32 added to all but the last; the last one's bit 16 is the sign. From the fourth
+    on a number is the difference from the last but one."""
+    counts, number, shift = [], 0, 0
+    for byte in text.encode():
+        digit = byte - 48
+        number |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            sign = (digit & 16) << shift - 4
+            counts.append(number - sign + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    return counts
+
+
+def outline_mask(outline, size):
+    """An object's outline in a photo of size (H, W) -> bool (H, W). Polygons, or run lengths down
+    the columns, as numbers or packed into text. ValueError for those that do not fit: pycocotools
+    would write beyond its memory."""
+    if isinstance(outline, list):
+        for polygon in outline:
+            if not (np.abs(np.asarray(polygon, float)) <= 2 * max(size)).all():  # so is no NaN
+                raise ValueError("a coordinate far outside of the photo")
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(outline, *size))) > 0
+    if tuple(outline["size"]) != size:
+        raise ValueError(f"a mask of size {outline['size']}")
+    counts = outline["counts"]
+    counts = unpack_counts(counts) if isinstance(counts, str) else counts
+    if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != size[0] * size[1]:
+        raise ValueError("run lengths of another size")
+    return np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(size[::-1]).T
+
+
 def draw_objects(size, objects, source):
     """[(class, outline)] -> labels uint8 (H, W): 0 background, 1..K, the first on top"""
     labels = np.zeros(size, np.uint8)
-    for k, runs in reversed(objects):  # polygons, or run lengths, as numbers or packed into text
+    for k, outline in reversed(objects):
         try:
-            if isinstance(runs, list):
-                runs = coco_mask.merge(coco_mask.frPyObjects(runs, *size))
-            elif isinstance(runs["counts"], list):
-                runs = coco_mask.frPyObjects(runs, *size)
-            labels[coco_mask.decode(runs) > 0] = 1 + k
+            labels[outline_mask(outline, size)] = 1 + k
         except Exception as error:  # pycocotools raises just that
             raise InputError(f"{source}: an object without a readable outline ({error}); expected "
                              "polygons or run lengths; download it again, or pass --no-masks"
@@ -103,22 +132,25 @@ def main(args):
         tables[split] = [((photos / name).as_posix(),
                           ";".join(classes[k] for k in sorted({k for k, _ in objects})))
                          for name, _, objects in found[split]]
+    names = Counter(Path(name).stem for images in found.values() for name, *_ in images)
+    if (twice := names.most_common(1)) and twice[0][1] > 1:
+        raise InputError(f"{coco}: {twice[0][1]} photos named {twice[0][0]} in train and val, but "
+                         "masks go by names; expected each once; rename all but one")
     parts = {out: (["classes.txt", "train.csv", "val.csv"],
                    {"script": "coco.py", "lists": digest([classes, tables])})}
     if args.masks:
-        files = [f"{Path(name).stem}.png" for images in found.values() for name, *_ in images]
-        parts[out / "masks"] = files, {
+        parts[out / "masks"] = [f"{name}.png" for name in names], {
             "script": "coco.py", **{split: digest(path) for split, path in sources.items()},
             "overlaps": "the first annotation wins"}
     claim_all(parts, args.resume, folders)
     write_lists(out, classes, tables)
     for split, images in found.items():
         print(f"{out / split}.csv: {len(images):,} images")
-        for name, size, objects in tqdm(images if args.masks else [], f"masks of {split}",
-                                        disable=None):
+        for name, size, objects in progress(images if args.masks else [], f"masks of {split}"):
             write_missing(out / f"masks/{Path(name).stem}.png", lambda path: label_picture(
                 draw_objects(size, objects, f"{sources[split]}: {name}")).save(path))
-    print(f"next:\n    python train_cam.py --data {out} --recipe coco --out runs/coco")
+    return (f"{out}: classes.txt, train.csv, val.csv{', masks/' if args.masks else ''}; next:\n"
+            f"    python train_cam.py --data {out} --recipe coco --out runs/coco")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 --cams: THEIRS/NAME.npy holds a pickled dict, {class: map} (PSA, MCTformer, WeakTr), or {"keys":
 classes, "high_res", "attn_highres" or "cam": maps} (IRN, CLIMS, AMN, CLIP-ES). docs/data.md says
 how they may number the classes. OUT/NAME.npy is float16 (n, h, w), of the n shown classes in order.
---segments: SAM/NAME.json is the output of SAM's automatic mask generator (run lengths, which
-pycocotools decodes), SAM/NAME.npz a boolean array (s, H, W). A smaller segment lies on a larger
+--segments: SAM/NAME.json is the output of SAM's automatic mask generator (run lengths), or
+SAM/NAME.npz a boolean array (s, H, W). A smaller segment lies on a larger
 one. OUT/NAME.png is a picture (H, W) of 16 bits: the number of the segment, 0 for none.
 
 Nothing in a pickle is executed.
@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from coco import MISSING_IDS, coco_mask
+from coco import MISSING_IDS, outline_mask
 from common import (
-    InputError, Split, check_folder, claim, digest, folder_digest, run, writing)
+    InputError, Split, check_folder, claim, digest, folder_digest, progress, run, writing)
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------
@@ -166,14 +165,7 @@ def read_masks(path, size):
         return
     data = json.loads(path.read_text(encoding="utf-8"))
     for part in data["annotations"] if isinstance(data, dict) else data:
-        runs = part["segmentation"]
-        if tuple(runs["size"]) != size:  # before the memory for it is taken
-            raise ValueError(f"a segment of size {runs['size']}")
-        if isinstance(runs["counts"], list):
-            if min(runs["counts"]) < 0 or sum(runs["counts"]) != size[0] * size[1]:
-                raise ValueError("run lengths of another size")  # NumPy 1 would cut them to 32 bits
-            runs = coco_mask.frPyObjects(runs, *size)
-        yield coco_mask.decode(runs) > 0
+        yield outline_mask(part["segmentation"], size)
 
 
 def segment_file(folder, name):
@@ -190,7 +182,7 @@ def read_segments(folder, name, size):
             on_top = mask & (mask.sum() <= area)
             labels[on_top], area[on_top] = number, mask.sum()
         return labels
-    except Exception as error:  # pycocotools raises just that
+    except Exception as error:  # a json may hold anything
         raise InputError(f"{path}: no readable segments ({type(error).__name__}: {error}); "
                          f"expected NAME.json of SAM, or NAME.npz with a boolean array (segments, "
                          f"H, W), H and W {size}; make it again") from None
@@ -213,8 +205,6 @@ def parse_args(argv=None):
 def main(args):
     split, out = Split(args.data, args.split), Path(args.out)
     source, ending = Path(args.cams or args.segments), ".npy" if args.cams else ".png"
-    if args.segments and coco_mask is None and any(source.glob("*.json")):
-        raise InputError("run lengths take pycocotools, which is missing: pip install pycocotools")
     names = [name for name in split.names if args.segments or split.labels[name].any()]
     files = [f"{name}.npy" if args.cams else segment_file(source, name).name for name in names]
     there = folder_digest(source, files, "pass the list that the program was given")
@@ -228,7 +218,7 @@ def main(args):
     check_folder(*target)
     if args.cams:
         every = numberings(len(split.classes))
-        keys = [set(read_maps(source / file)) for file in tqdm(files, "read", disable=None)]
+        keys = [set(read_maps(source / file)) for file in progress(files, "read")]
         numbering = choose_numbering(keys, [split.present(name) for name in names], every)
         if numbering is None:
             raise InputError(f"{source}: maps of the classes {sorted(set().union(*keys))}, which "
@@ -238,17 +228,16 @@ def main(args):
         print(f"{source}: classes are numbered {numbering}")
     claim(*target)
     left = [name for name in names if not (out / (name + ending)).is_file()]
-    for name in tqdm(left, "converted", disable=None):
+    for name in progress(left, "converted"):
         if args.cams:
             maps = foreign_cams(source / f"{name}.npy", [numbers[k] for k in split.present(name)])
         else:
             picture = Image.fromarray(read_segments(source, name, split.size(name)))
         with writing(out / (name + ending)) as path:
             np.save(path, maps) if args.cams else picture.save(path)
-    print(f"{out}: {len(names)} files, {len(left)} of them new")
     flags = f"--cams {out}" if args.cams else f"--segments {out} --cams cams"
-    print(f"next:\n    python make_pseudo.py --data {args.data} --split {args.split} {flags} "
-          "--out masks")
+    return (f"{out}: {len(names)} files, {len(left)} of them new; next:\n    python make_pseudo.py "
+            f"--data {args.data} --split {args.split} {flags} --out masks")
 
 
 if __name__ == "__main__":

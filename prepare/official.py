@@ -110,6 +110,9 @@ def main(args):
     allow_numbers()
     try:
         state = {key: x.float() for key, x in read_tensors(path, expected)["model"].items()}
+        if (other := "decoder.cls_emb" if args.cam else "cls_token") in state:
+            kind, flag = ("segmentation", "--seg") if args.cam else ("CAM", "--cam")
+            raise InputError(f"{path}: has {other}: WeakTr's {kind} checkpoint; pass it as {flag}")
         make, ours = convert_cam(state, split, args.pool) if args.cam else convert_seg(state, split)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit ({error!r:.150}); expected {expected}") from None
@@ -119,8 +122,9 @@ def main(args):
     save(checkpoint, own | {"record": {"script": "official.py", "official": digest(Path(path)),
                                        "pool": args.pool, "recipe": args.recipe}})
     flags = f"--data {args.data} --split {args.split} --recipe {args.recipe} --out {args.out}"
-    print("next:\n    python " + (f"train_cam.py {flags} --phase match --resume" if args.cam else
-                                  f"eval.py --data {args.data} --checkpoint {checkpoint}"))
+    return f"{checkpoint}; next:\n    python " + (
+        f"train_cam.py {flags} --phase match --resume" if args.cam else
+        f"eval.py --data {args.data} --checkpoint {checkpoint}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(args):
               "pairs": pairs, "cooccurrence": args.cooccurrence}
     claim_all({out: (files, record)}, args.resume)
     if all((out / file).is_file() for file in files):
-        return print(f"kept {out}")
+        return f"kept {out}"
     write_data(out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
     clip, vit, backbone = models_for(pairs)
     print_curves(clip, pairs)
@@ -103,9 +103,9 @@ def main(args):
                         ("vit.pth", {"model": vit.state_dict()})):
         if not (out / name).exists():
             save(out / name, state)
-    print(f"{out}: {', '.join(f'{name} on {usual}' for name, usual in pairs.items())}")
-    print(f"next:\n    python train_cam.py --data {out}/data --recipe toy --clip {out}/clip.pt "
-          f"--vit {out}/vit.pth --out {out}/cam")
+    print(", ".join(f"{name} on {usual}" for name, usual in pairs.items()))
+    return (f"{out}: data/, clip.pt, resnet.pth, vit.pth; next:\n    python train_cam.py --data "
+            f"{out}/data --recipe toy --clip {out}/clip.pt --vit {out}/vit.pth --out {out}/cam")
 
 
 if __name__ == "__main__":

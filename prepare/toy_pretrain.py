@@ -351,6 +351,7 @@ def main(args):
         torch.manual_seed(3)
         backbone = train_resnet()
     pack(clip, vit, backbone)
+    return f"{WEIGHTS}: {', '.join(args.parts)}; next:\n    python prepare/toy.py --out OUT"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 A csv for each list in ImageSets/Segmentation (train, val, test, your own), and two more: train_aug,
 SBD's 10,582 images, and train_xml, for who has VOC alone (docs/data.md). Labels are the classes of
-an image's XML boxes, difficult ones too. A test list without XML gets none. Masks come from
+an image's XML boxes, difficult ones too; a test image without XML gets none. Masks come from
 SegmentationClass, and from SegmentationClassAug where only that has one.
 """
 import argparse
@@ -20,10 +20,9 @@ from pathlib import Path
 
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import InputError, Split, digest, run, writing
+from common import InputError, Split, digest, progress, run, writing
 from layout import claim_all, write_lists, write_missing
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -132,9 +131,10 @@ def main(args):
     if main_task.is_file():  # the XML of other tasks' images (Action, Layout) names people alone
         complete = annotated & {*read_names(main_task), *lists.get("trainval", [])}
     lists.setdefault("train_xml", sorted(complete - val - test))
-    unlabelled = test if test - annotated else set()
-    labels = {name: read_xml(voc / "Annotations" / f"{name}.xml", classes) for name in
-              tqdm(sorted(set().union(*lists.values()) - unlabelled), "reading XML", disable=None)}
+    others = set().union(*(names for split, names in lists.items() if split != "test"))
+    labelled = others | (test & complete if test - annotated else test)
+    labels = {name: read_xml(voc / "Annotations" / f"{name}.xml", classes)
+              for name in progress(sorted(labelled), "reading XML")}
 
     # ---- Write -----------------------------------------------------------------------------------
     masks = {path.name: path for name in ("SegmentationClassAug", "SegmentationClass")
@@ -153,11 +153,15 @@ def main(args):
     write_lists(out, lines, tables)
     for split, names in lists.items():
         print(f"{out / split}.csv: {len(names):,} images"
-              + (", without labels" if unlabelled.intersection(names) else ""))
-    for name, mask in tqdm(masks.items(), "masks", disable=None):
+              + (f", {n:,} without labels" if (n := len({*names} - labelled)) else ""))
+    for name, mask in progress(masks.items(), "masks"):
         write_missing(out / "masks" / name, lambda path: shutil.copyfile(mask, path))
     split = "train_aug" if "train_aug" in lists else "train_xml"
-    print(f"next:\n    python train_cam.py --data {out} --split {split} --out runs/voc")
+    if split == "train_xml" and lines == CLASSES:
+        print(f"no train_aug: it takes SBD's list, as {folder}/train_aug.txt (docs/data.md: where "
+              "it is); it needs no masks. Until then pass --split train_xml")
+    return (f"{out}: {len(tables)} lists, {len(masks):,} masks; next:\n    python "
+            f"train_cam.py --data {out} --split {split} --out runs/voc")
 
 
 if __name__ == "__main__":

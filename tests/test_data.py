@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 from conftest import check_label_png, error_line, files_in
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 from common import (
@@ -53,6 +53,21 @@ def test_photos_are_turned_but_where_masks_refer_to_stored_pixels(tmp_path):
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(stored), -1))
     with pytest.raises(InputError, match="classes.txt"):
         Split(neither, "train")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_once(kind, orientation, tmp_path):
+    """As Pillow's ImageOps does; Pillow turns a TIFF already while it loads it."""
+    exif, grey = Image.Exif(), Image.linear_gradient("L").resize((12, 8)).rotate(30)
+    exif[0x0112] = orientation
+    root = photos(tmp_path, f"images/x.{kind},cat\n", files=())
+    Image.merge("RGB", (grey, grey.rotate(90), grey)).save(root / f"images/x.{kind}", exif=exif)
+    with Image.open(root / f"images/x.{kind}") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    split = Split(root, "train")
+    assert np.array_equal(np.asarray(split.image("x")), expected)
+    assert split.size("x") == expected.shape[:2] == ((8, 12) if orientation < 5 else (12, 8))
 
 
 def test_labels_survive_a_file(tmp_path):
@@ -127,3 +142,21 @@ def test_16_bits_a_pixel_are_scaled_to_8(tmp_path):
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "a.png")
     read = np.asarray(common.read_image(tmp_path / "a.png")).astype(int)
     assert abs(read - ramp[..., None]).max() <= 1
+
+
+def test_real_numbers_are_refused(tmp_path):
+    """A TIFF of numbers in [0, 1] would be a black photo."""
+    Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif: not a readable image .real numbers; expected 8"):
+        common.read_image(tmp_path / "a.tif")
+
+
+def test_a_cached_file_is_the_published_one(tmp_path, monkeypatch):
+    """Its name alone is not trusted, and the file stays."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub/checkpoints/w.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"others")
+    with pytest.raises(InputError, match=f"{path}: its SHA-256 begins with .* expected the publis"):
+        common.fetch_weights("http://127.0.0.1:9/w.pt", "0" * 8)
+    assert path.read_bytes() == b"others"

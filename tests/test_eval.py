@@ -153,6 +153,12 @@ def test_average_in_segments_by_hand():
     torch.testing.assert_close(average_in_segments(both, segments)[1], 1 - expected[0])
 
 
+def test_the_mean_of_a_large_segment():
+    """Added up in float32, 12 million values of 0.70 have a mean of 0.61."""
+    cams = torch.full((1, 3000, 4000), 0.7)
+    assert average_in_segments(cams, torch.ones(3000, 4000, dtype=torch.long)).allclose(cams)
+
+
 RECIPE = eval.TEST["toy"] | {"side": 64, "scales": (1, 1.5)}
 
 

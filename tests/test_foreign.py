@@ -191,8 +191,10 @@ def test_pickles_of_something_else_are_refused(content, why, tmp_path, monkeypat
     assert not (tmp_path / "executed").exists()
 
 
-def test_segments_of_every_format(data, tmp_path):
-    """Packed run lengths, plain ones and booleans give one picture; small segments lie on top."""
+def test_segments_of_every_format(data, tmp_path, monkeypatch, capsys):
+    """Packed run lengths, plain ones and booleans give one picture; small segments lie on top.
+    None of them takes pycocotools. A log has a line for each tenth."""
+    monkeypatch.setattr(coco, "coco_mask", None)
     masks = np.zeros((3, *SIZE), bool)
     masks[0, 4:8, 3:16] = masks[1, 2:10, 1:12] = masks[2, 12:, ::2] = True
     expected = np.select(masks, [1, 2, 3])
@@ -212,6 +214,9 @@ def test_segments_of_every_format(data, tmp_path):
     for kind in ("packed", "plain", "npz"):
         out = tmp_path / f"{kind} converted"
         call("foreign", "--data", data, "--segments", tmp_path / kind, "--out", out)
+        text = capsys.readouterr().out
+        assert "converted: 1 of 5\n" in text and "converted: 5 of 5\n" in text
+        assert f"{out}: 5 files, 5 of them new; next:\n    python make_pseudo.py" in text
         for name in SHOWN:
             with Image.open(out / f"{name}.png") as picture:
                 assert picture.mode in ("I;16", "I")  # so Pillow 10 calls 16 bits
@@ -225,8 +230,9 @@ def test_segments_of_every_format(data, tmp_path):
 @pytest.mark.parametrize("content, why", [
     ("[{", "JSONDecode"), ([[60000, 60000], [3600000000]], "of size"),
     ([SIZE, [2**62] * 4 + [252]], "run lengths"), ([SIZE, [100, 100]], "run lengths"),
-    ([SIZE, [-1, 253]], "run lengths"), ([SIZE, "o" * 30], ""), (MAP[None] > 0, "array of bool"),
-    (np.zeros((2, *SIZE)), "array of float64")])
+    ([SIZE, [-1, 253]], "run lengths"), ([SIZE, "o" * 30], "run lengths"),
+    ([SIZE, "PPY41"], "run lengths"), ([SIZE, [252.0]], "run lengths"),
+    (MAP[None] > 0, "array of bool"), (np.zeros((2, *SIZE)), "array of float64")])
 def test_segments_that_do_not_fit_are_refused(content, why, data, tmp_path, capsys):
     for name in SHOWN:
         np.savez(tmp_path / f"theirs/{name}.npz", np.ones((1, *SIZE), bool))
@@ -240,3 +246,42 @@ def test_segments_that_do_not_fit_are_refused(content, why, data, tmp_path, caps
                       "--out", tmp_path / "out")
     assert re.search(f"a.(json|npz): no readable segments .*{why}", line)
     assert not list(tmp_path.glob("out/*.png"))
+
+
+# ---- CAMs for FMA-WSSS ---------------------------------------------------------------------------
+
+def test_cams_for_fma_wsss(flags, data, tmp_path, capsys):
+    """Maps of the shown classes at the photo's size, by their numbers; what is finished is kept."""
+    write_dicts(tmp_path / "theirs", {"a": [0], "b": [1, 2], "d": [0, 1, 2], "e": [2]})
+    call("foreign", *flags)
+    maps = np.random.default_rng(0).random((2, 4, 5)).astype(np.float16)
+    np.save(tmp_path / "cams/b.npy", maps)
+    command = ["fma", "--data", data, "--cams", tmp_path / "cams", "--out", tmp_path / "fma"]
+    capsys.readouterr()
+    call(*command)
+    text = capsys.readouterr().out
+    assert "converted: 4 of 4\n" in text and "fma: 4 files; docs/data.md says" in text
+    before = files_in(tmp_path / "fma")
+    assert before.keys() == {"made_of.json", "a.npz", "b.npz", "d.npz", "e.npz"}
+    for name, classes in (("a", [0]), ("b", [1, 2]), ("d", [0, 1, 2]), ("e", [2])):
+        with np.load(tmp_path / f"fma/{name}.npz") as file:
+            cam, numbers = file["cam"], file["fg_cls"]
+        assert numbers.tolist() == classes and numbers.dtype == np.int64
+        assert cam.dtype == np.float32 and cam.shape == (len(classes), *SIZE)
+        assert cam.min() >= 0 and cam.max() <= 1
+        if name == "b":
+            expected = [Image.fromarray(each.astype(np.float32)).resize(SIZE[::-1], Image.BILINEAR)
+                        for each in maps]
+            assert np.array_equal(cam, np.stack([np.array(each) for each in expected]))
+        else:
+            assert abs(cam - np.array(classes)[:, None, None] / 100).max() < 1e-4
+    assert "add --resume" in error_line(capsys, *command)
+    (tmp_path / "fma/b.npz").unlink()
+    for name in ("a.npz", "mine.npz"):
+        (tmp_path / "fma" / name).write_bytes(b"mine")
+    call(*command, "--resume")
+    assert files_in(tmp_path / "fma") == before | {"a.npz": b"mine", "mine.npz": b"mine"}
+    lines = (data / "train.csv").read_text()
+    (data / "train.csv").write_text(lines.replace("e.png,cat", "e.png,ant"))
+    line = error_line(capsys, *command[:-1], tmp_path / "other")
+    assert "other labels of e" in line and not (tmp_path / "other").exists()

@@ -190,3 +190,14 @@ def test_what_does_not_fit_is_refused(flag, missing, command, tmp_path, capsys):
     more = theirs | {"blocks.0.attn.table": torch.zeros(1)}
     assert "attn.table" in error_line(capsys, *command(flag, more, 3))
     assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("flag, kind, other", [
+    ("--seg", "CAM", "--cam"), ("--cam", "segmentation", "--seg")])
+def test_the_other_kind_of_checkpoint_is_named(flag, kind, other, command, tmp_path, capsys):
+    theirs = published_cam(generator()) if other == "--cam" else published_seg(segmenter())
+    line = error_line(capsys, *command(flag, theirs, 3))
+    assert f"WeakTr's {kind} checkpoint; pass it as {other}" in line
+    call(*command(other, theirs, 3))
+    file = "classify.pt" if other == "--cam" else "seg.pt"
+    assert f"{tmp_path / file}; next:\n    python " in capsys.readouterr().out

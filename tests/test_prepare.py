@@ -74,7 +74,9 @@ def test_voc(tmp_path, capsys):
     assert (root / "masks/a.png").read_bytes() == (root / "SegmentationClass/a.png").read_bytes()
     assert (root / "classes.txt").read_text().splitlines() == [": ignore exif", *voc.CLASSES]
     text = capsys.readouterr().out
-    assert "test.csv: 1 images, without labels" in text
+    assert "test.csv: 1 images, 1 without labels" in text
+    assert "no train_aug: it takes SBD's list, as" in text and "--split train_xml" in text
+    assert f"{root}: 5 lists, 1 masks; next:" in text
     check_next_command(text)
     before = files_in(root)
     assert "add --resume to go on" in error_line(capsys, "voc", "--voc", root)
@@ -106,6 +108,20 @@ def test_train_xml_leaves_out_images_of_other_tasks(tmp_path):
     (root / "ImageSets/Main/trainval.txt").write_text("a\nb\nd\n")
     call("voc", "--voc", root)
     assert list(listed(root, "train_xml")) == ["a", "b", "c"]
+    assert listed(root, "test") == {"x": [], "z": []}
+
+
+def test_a_test_photo_has_the_labels_of_its_own_xml(tmp_path, capsys):
+    """Another one without XML changes nothing, least of all for a photo that is in train too."""
+    root = voc_root(tmp_path, {"a": ["cat"], "b": ["dog"], "x": ["cow"]}, train=["a", "b"],
+                    test=["a", "x", "z"])
+    call("voc", "--voc", root)
+    assert listed(root, "train") == {"a": ["cat"], "b": ["dog"]}
+    assert listed(root, "test") == {"a": ["cat"], "x": ["cow"], "z": []}
+    assert "test.csv: 3 images, 1 without labels" in capsys.readouterr().out
+    (root / "Annotations/a.xml").unlink()
+    line = error_line(capsys, "voc", "--voc", root, "--out", tmp_path / "other")
+    assert "a.xml: no readable annotation" in line
 
 
 def test_sbd(tmp_path, capsys):
@@ -116,6 +132,7 @@ def test_sbd(tmp_path, capsys):
         write_labels(root / f"SegmentationClassAug/{name}.png", np.full((2, 3), 2, np.uint8))
     call("voc", "--voc", root)
     assert list(listed(root, "train_aug")) == ["a", "b"]
+    assert "no train_aug" not in capsys.readouterr().out
     assert [labels_in(root / f"masks/{name}.png")[0, 0] for name in "abv"] == [1, 2, 2]
     for name, text in (("train_aug", "/JPEGImages/b.jpg /SegmentationClassAug/b.png\n"),  # DeepLab
                        ("trainaug", "b\n")):  # mmsegmentation
@@ -206,7 +223,10 @@ def test_coco(tmp_path, capsys):
     objects = [(3, 90, 1, SQUARE), (0, 13, 0, SQUARE), (3, 1, 0, SQUARE), (0, 13, 0, SQUARE)]
     root = coco_root(tmp_path, objects, ["train2017", "val2017"])
     call("coco", "--coco", root)
-    check_next_command(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    check_next_command(text)
+    assert "masks of val: 2 of 2" in text  # in a log
+    assert f"{root}: classes.txt, train.csv, val.csv, masks/; next:" in text
     lines = [": ignore exif", *(f"class {i}" for i in IDS)]
     assert (root / "classes.txt").read_text().splitlines() == lines
     assert (root / "train.csv").read_text() == (
@@ -249,9 +269,45 @@ def test_outlines():
                     {"size": [4, 4], "counts": packed},
                     {"size": [4, 4], "counts": [0, 2, 2, 2, 4, 2, 2, 2]}):
         assert draw([(4, outline)]) == (5 * mask).tolist()
-    for outline in (None, "text", {}, [], {"counts": [3]}, [["a", "b"]], [None]):
-        with pytest.raises(InputError, match="the file: an object without a readable outline"):
-            draw([(0, outline)])
+
+
+def test_packed_run_lengths_against_pycocotools():
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        size = tuple(map(int, rng.integers(1, 300, 2)))
+        blocks = np.kron(rng.random((size[0] // 9 + 1, size[1] // 9 + 1)), np.ones((9, 9)))
+        mask = (blocks[:size[0], :size[1]] if i % 2 else rng.random(size)) < rng.random() ** 3
+        packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        assert (coco.outline_mask({"size": size, "counts": packed}, size) == mask).all()
+
+
+@pytest.mark.parametrize("outline", [
+    None, "text", {}, [], {"counts": [3]}, [["a", "b"]], [None],
+    [[0, 0, 1e9, 0, 1e9, 4]], [[0, 0, float("nan"), 0, 2, 4]], [[0, 0, 2, 0, 2, -float("inf")]],
+    [[0, 0, 2, 0, 2, 4], [0, 0, 1e9, 0, 1e9, 4]], [[0, 0, 1e9, 1e9]],
+    *({"size": [4, 4], "counts": counts} for counts in (
+        [0, 2**30], [3], [20, -4], [8.0, 8], [2**62] * 4 + [16], "", "0", "oooo", "P0", "`0`0")),
+    {"size": [8, 2], "counts": [16]}, {"size": [2**15, 2**15], "counts": [2**30]}])
+def test_outlines_that_do_not_fit(outline):
+    """pycocotools takes huge memory for a coordinate of 1e9 and writes beyond it for run lengths
+    of another sum."""
+    with pytest.raises(InputError, match="the file: an object without a readable outline"):
+        draw([(0, outline)])
+
+
+@pytest.mark.parametrize("train, val", [("a/x.jpg", "x.png"), ("x.jpg b/x.jpg", "y.jpg")])
+def test_two_photos_of_one_name(train, val, tmp_path, capsys):
+    """The second one would have the first one's mask."""
+    coco_root(tmp_path, [(0, 1, 0, SQUARE), (1, 1, 0, SQUARE)])
+    for split, names in (("train", train.split()), ("val", val.split())):
+        path = tmp_path / f"annotations/instances_{split}2014.json"
+        whole = json.loads(path.read_text())
+        for image, name in zip(whole["images"], names):
+            image["file_name"] = name
+        path.write_text(json.dumps(whole | {"images": whole["images"][:len(names)]}))
+    line = error_line(capsys, "coco", "--coco", tmp_path)
+    assert "2 photos named x in train and val" in line
+    assert not list(tmp_path.glob("*.csv")) and not (tmp_path / "masks").exists()
 
 
 def test_masks_of_other_annotations_are_refused(tmp_path, capsys):
