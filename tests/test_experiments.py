@@ -3,6 +3,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import textwrap
 from functools import partial
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, call, error_line, files_in
 from PIL import Image
+from test_prepare import voc_root
 
 import ablation
 import bench
 import companion
+import demo
 import one_photo
 import toy as toy_world
 from clip_model import class_texts, load_clip
@@ -125,13 +128,89 @@ def test_growing_masks_end_at_the_object_and_at_the_photo():
     assert masks[0].sum() == 6 and masks[0, 6:8, 6:9].sum() == 6  # a tenth, from the middle
 
 
+@pytest.fixture
+def voc(toy, tmp_path):
+    """Flags of demo.py for two toy photos in VOC's layout"""
+    root = voc_root(tmp_path / "VOC2012", {"a": ["cow"], "b": ["car"]}, train=["a"], val=["b"])
+    (root / "SegmentationClass").mkdir(exist_ok=True)
+    return {"--voc": root, "--clip": toy / "clip.pt", "--vit": toy / "vit.pth"}
+
+
+@pytest.mark.parametrize("wrong, expected", [
+    ({"--voc": "none/VOC2012"}, "train.txt: not there; expected VOC 2012"),
+    ({"--official": "none.pth"}, "none.pth: not there; expected"),
+    ({"--clip": "ViT-B/23"}, "ViT-B/23: no such file"), ({"--vit": "deit"}, "deit: no such file"),
+    ({"--photos": 0}, "--photos 0: expected a number above 0"),
+    ({"--world": "--train 9"}, "--world: only without --voc"),
+    ({"--voc": "", "--world": "--pairs boat:tree", "--clip": "ViT-B/32", "--vit": "deit_small"},
+     "--pairs boat:tree: expected")])
+def test_a_demo_finds_its_inputs_before_it_writes(wrong, expected, voc, tmp_path, capsys):
+    flags = [x for pair in (voc | wrong).items() for x in pair if pair[1] != ""]
+    flags = [f"{a}={b}" for a, b in zip(flags[::2], flags[1::2])]
+    assert expected in error_line(capsys, "demo", "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
+    """The line names what differs. V/ is V, and minutes add up."""
+    monkeypatch.setattr(demo, "stages", lambda args: None)
+    flags = [x for pair in voc.items() for x in pair] + ["--out", tmp_path / "out"]
+    call("demo", *flags)
+    (tmp_path / "out/minutes.json").write_text("60")
+    call("demo", *flags, "--voc", f"{voc['--voc']}/")
+    assert "out: 60.0 minutes in all" in capsys.readouterr().out
+    line = error_line(capsys, "demo", *flags, "--seed", 1)
+    assert "demo.json: made with seed 0, now it is 1; pass the same" in line and len(line) < 200
+
+
+@pytest.mark.parametrize("flags, published", [
+    ([], True), (["--steps", 9], False), (["--batch", 2], False), (["--vit", "deit_tiny"], False)])
+def test_published_scores_stand_beside_the_same_lists_and_recipe(flags, published, chain, tmp_path,
+                                                                 capsys):
+    for folder in ("cam", "seg"):
+        shutil.copytree(chain / folder, tmp_path / folder)
+    for name, row in demo.VOC.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            {"miou": 50, "list": row[0], "images": demo.PUBLISHED[row[0]]}))
+    split = Split(chain / "data", "train")
+    split.split, split.names = "train_aug", [""] * 10582
+    args = ["--out", tmp_path, "--voc", "V", *flags]
+    demo.table(demo.parse_args([*map(str, args)]), demo.VOC, split)
+    told = capsys.readouterr().out
+    assert len(re.findall(r"50\.0 +(?:WeakTr|SemPLeS) \d\d", told)) == 5 * published
+    assert ("and not shown" in told) != published and ("Trial (--steps 9)" in told) == (9 in flags)
+    assert "trained on 10,582 photos of train_aug, scored on 1,464 of train and 1,449 of v" in told
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize("words, expected", [
+    ("demo STEPS=3 BATCH=2", "--out runs/toy --seed 0 --steps 3 --batch 2"),
+    ("voc V=v PHOTOS=9", "--out runs/voc --seed 0 --voc v --photos 9"), ("setup", "-m venv .venv"),
+    ("voc V=v STEP=2", "STEP= is no variable of this target"),
+    ("demo V=v", "V= is no variable of this target"), ("test STEPS=1", "STEPS= is no variable")])
+def test_make_drops_no_word(words, expected):
+    told = subprocess.run(["make", "-n", "-B", *words.split()], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert expected in " ".join((told.stdout + told.stderr).replace("\\\n", " ").split())
+    assert (told.returncode == 2) == ("is no" in expected)
+
+
 def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     lines, file = [f"{name}: water, sky" for name in toy_world.OBJECTS], tmp_path / "words.txt"
     flags = ["--data", toy / "data", "--clip", toy / "clip.pt", "--out", tmp_path, "--words", file]
     file.write_text("\n".join(lines[1:]))
     assert "expected a line" in error_line(capsys, "words", *flags)
-    file.write_text("\n".join(lines))
+    for wrong in ([*lines, lines[0]], ["boat: water, , sky", *lines[1:]], ["boat:", *lines[1:]]):
+        file.write_text("\n".join(wrong))
+        assert "'boat:" in (line := error_line(capsys, "words", *flags)) and "an empty" in line
+    file.write_bytes("\n".join(["boat: caf\u00e9", *lines[1:]]).encode("latin-1"))
+    call("words", *flags[:4], "--out", tmp_path / "latin", *flags[6:])
+    state = torch.load(tmp_path / "latin/prompts.pt")
+    assert state["record"]["words by hand"]["boat"] == ["caf\u00e9"]
+    file.write_text("\ufeff" + "\n".join(lines) + "\n\n", encoding="utf-8")
+    capsys.readouterr()
     call("words", *flags)
+    assert f"{tmp_path}/prompts.pt, prompts.txt; next" in capsys.readouterr().out
     before = files_in(tmp_path)
     call("words", *flags)  # replaces its own
     assert files_in(tmp_path) == before
@@ -148,12 +227,13 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     assert torch.allclose(state["prompts"]["u_b"], texts.mean(dim=0).expand(6, -1), atol=1e-6)
 
 
-def test_one_photo(toy, chain, tmp_path):
+def test_one_photo(toy, chain, tmp_path, capsys):
     split, gif = Split(toy / "data", "train"), tmp_path / "one.gif"
     cow = split.classes.index("cow")
     photo = next(split.paths[name] for name in split.names if split.present(name).tolist() == [cow])
     flags = ["--clip", toy / "clip.pt", "--image", photo, "--steps", 5, "--out", gif, "--class"]
     call("one_photo", *flags, "cow", "--prompts", chain / "cam/prompts.pt")
+    assert f"{gif}: " in capsys.readouterr().out
     with Image.open(gif) as picture:
         assert picture.n_frames == 3 and picture.size == (700, 560)
 
