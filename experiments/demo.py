@@ -175,15 +175,16 @@ def main(args):
         temporary.write_text(json.dumps(wanted))
     minutes = json.loads(spent.read_text()) if spent.is_file() else 0
     try:
-        stages(args)
+        told = stages(args)
     finally:
         minutes += (time.time() - began) / 60
         with writing(spent) as temporary:
             temporary.write_text(json.dumps(minutes))
-    return f"{args.out}: {minutes:.1f} minutes in all; pictures: {args.out}/index.html, strip.png"
+    return f"{args.out}: {minutes:.1f} minutes, all starts together{told}"
 
 
 def stages(args):
+    """All steps, in order; those that are done take seconds -> what to look at"""
     folder, rows = Path(args.out), VOC if args.voc else TOY
     out = shlex.quote(args.out)  # part of command lines from here on
     data, cam, steps = f"--data {out}/data", f"{out}/cam", "".join(
@@ -227,7 +228,7 @@ def stages(args):
              f"--split {split if phase == 'refine' else train}")
         score(args, phase, *rows[phase][:2])
     if args.only == "cams":
-        return
+        return ""
     for name, crf in (("masks_plain", "none"), ("masks", "voc")):
         step(f"Pseudo masks of the refined CAMs, CRF {crf}", "make_pseudo.py", data,
              f"--split {split} --cams {out}/cams_refine --out {out}/{name} --crf {crf} --resume")
@@ -252,6 +253,7 @@ def stages(args):
     step("Pictures: every equation at work", "experiments/companion.py", f"--run {out}",
          f"--split {train} --clip {clip}")
     table(args, rows, Split(folder / "data", split))
+    return f"; pictures: {args.out}/index.html, {args.out}/strip.png"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,7 +75,8 @@ def run(toy, chain, tmp_path_factory):
              run / f"cams_{phase}", "--recipe", "toy", "--device", "cpu")
         scores = {"miou": 1.0, "oracle": {"miou": 2.0, "background_score": 0.5}}
         (run / f"{phase}.json").write_text(json.dumps(scores))
-    (run / "demo.json").write_text(json.dumps({"seed": 0, "world": "", "generator": "vit"}))
+    (run / "demo.json").write_text(json.dumps({"seed": 0, "world": "", "generator": "vit",
+                                               "steps": 3, "batch": 4}))
     (run / "full.json").write_text("{}")
     return run
 
@@ -97,7 +100,8 @@ def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
     for file in ("classify.pt", "match.pt"):
         shutil.copy(chain / "cam" / file, mine)
     flags = ["--run", mine, "--data", chain / "data", "--clip", toy / "clip.pt"]
-    call("companion", *flags)
+    call("companion", *flags, "--figures", tmp_path / "fewer")
+    assert {*files_in(tmp_path / "fewer")} == {"tables.json", "1_inside.png", "2_regions.png"}
     assert drawn(mine) == {"strip.png", "1_inside.png", "2_regions.png"}
     before = files_in(mine)
     call("companion", *flags)
@@ -108,6 +112,26 @@ def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
         before = files_in(mine)
         assert "strip.png: is there already, and no" in error_line(capsys, "companion", *flags)
         assert files_in(mine) == before
+
+
+@pytest.mark.parametrize("case", ["no CAM changed", "every class", "no label"])
+def test_pictures_that_there_cannot_be_are_left_out(case, run, tmp_path):
+    drawn_before = shutil.ignore_patterns("companion", "strip.png", "index.html", "cams")
+    run, left_out = shutil.copytree(run, tmp_path / "run", ignore=drawn_before), {"5_removes.png"}
+    if case == "no CAM changed":
+        shutil.rmtree(run / "cams_refine")
+        shutil.copytree(run / "cams_match", run / "cams_refine")
+    else:
+        rows = [line.split(",")[0] for line in (run / "data/train.csv").read_text().splitlines()]
+        classes = ";".join(toy_world.OBJECTS) if case == "every class" else ""
+        (run / "data/train.csv").write_text("\n".join(f"{row},{classes}" for row in rows[:4]))
+        for path in (path for phase in companion.PHASES for path in run.glob(f"cams_{phase}/*y")):
+            np.save(path, np.random.rand(6, 8, 8).astype(np.float16))
+        left_out |= {"3_masks.png", "3_growing.png", "3_losses.png"}
+        if not classes:
+            left_out |= {"strip.png", "1_inside.png", "2_regions.png", "6_crf.png"}
+    call("companion", "--run", run)
+    assert drawn(run) == {"strip.png", *companion.CAPTIONS} - left_out
 
 
 def test_parts_of_the_generator_make_the_fine_map(run):
@@ -153,12 +177,12 @@ def test_a_demo_finds_its_inputs_before_it_writes(wrong, expected, voc, tmp_path
 
 def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
     """The line names what differs. V/ is V, and minutes add up."""
-    monkeypatch.setattr(demo, "stages", lambda args: None)
+    monkeypatch.setattr(demo, "stages", lambda args: "")
     flags = [x for pair in voc.items() for x in pair] + ["--out", tmp_path / "out"]
     call("demo", *flags)
     (tmp_path / "out/minutes.json").write_text("60")
     call("demo", *flags, "--voc", f"{voc['--voc']}/")
-    assert "out: 60.0 minutes in all" in capsys.readouterr().out
+    assert "out: 60.0 minutes, all starts" in capsys.readouterr().out
     line = error_line(capsys, "demo", *flags, "--seed", 1)
     assert "demo.json: made with seed 0, now it is 1; pass the same" in line and len(line) < 200
 
@@ -252,9 +276,14 @@ def test_an_exercise_takes_a_new_folder(run, capsys):
     (run / "exercise-1").mkdir()
     before = files_in(run)
     call("exercise", *flags)
-    rows = re.findall(r"^match, (demo|yours) +[\d.]+ +[\d.]+ at 0", capsys.readouterr().out, re.M)
+    told = capsys.readouterr().out
+    assert "A trial: 2 steps, the demo 3; the scores do not compare" in told
+    rows = re.findall(r"^match, (demo|yours) +[\d.]+ +[\d.]+ at 0", told, re.M)
     assert rows == ["demo", "yours"] and not files_in(run / "exercise-1")
-    call("exercise", "--run", run, "--phases", "prompts", "--steps", 1)
+    call("exercise", "--run", run, "--phases", "prompts")
+    record = torch.load(run / "exercise-3/cam/prompts.pt")["record"]
+    assert (record["steps"], record["batch"]) == (3, 4)  # the demo's
+    assert "A trial" not in capsys.readouterr().out
     assert (run / "exercise-2/match.json").is_file() and (run / "exercise-3/cam").is_dir()
     assert before.items() <= files_in(run).items()
 
@@ -272,10 +301,21 @@ def test_benches_run(what, monkeypatch, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what, flags, expected", [
+    ("clip", [], "no clip-anytorch; pip install -r tests/requirements.txt"),
+    ("crf", ["--peer", sys.executable], "no pydensecrf2; tests/make_crf_golden.py says how")])
+def test_benches_without_their_peers_say_so(what, flags, expected, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "clip.model", None)
+    monkeypatch.setattr(bench, "CLIP", partial(bench.CLIP, 64, 16, 64, 1, 64, 1, 64))
+    assert expected in error_line(capsys, "bench", what, *flags, "--device", "cpu")
+
+
 def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
     """Of two seeds; a row of one seed says (1)"""
     flags = ["--out", tmp_path, "--seeds", 0, 1, "--only"]
     args = ablation.parse_args([str(flag) for flag in flags])
+    line = error_line(capsys, "ablation", *flags)
+    assert "no score of seeds [0, 1]; run it without --only" in line and not files_in(tmp_path)
     for i, row in enumerate(ablation.ROWS[:-1]):
         for seed in (0, 1) if row.title != "L_T none" else (0,):
             _, chain, out = ablation.folders(args, row, seed)
@@ -285,7 +325,7 @@ def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
             scores = {"miou": 60.0 + i + 2 * seed, "oracle": {"miou": 70.0}}
             (out / "score.json").write_text(json.dumps(scores))
     call("ablation", *flags)
-    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[3:]]
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[3:-1]]
     assert rows[0] == "classification 61.0 ± 1.4 70.0 ± 0.0 2"
     assert rows[2] == "the method 63.0 ± 1.4 70.0 ± 0.0 1 1 2"
     assert rows[7] == "L_T none 67.0 (1) 70.0 (1) 1 1"

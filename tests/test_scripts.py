@@ -288,7 +288,7 @@ def test_voc_in_one_command(toy, tmp_path, capsys, monkeypatch):
     assert "WeakTr" not in table.partition("steps x batch:")[2] and "refined CAM" in table
     shown = {split.classes[k] for name in names[:3] for k in split.present(name)}
     assert set(re.findall(r"^(\w+): \w+ 0\.", table, re.M)) == shown
-    minutes = float(re.search(r"run: ([\d.]+) minutes in all", table)[1])
+    minutes = float(re.search(r"run: ([\d.]+) minutes, all", table)[1])
     assert {"index.html", "strip.png", "seg/seg.pt", "seg_train.json"} <= done.keys()
     monkeypatch.setattr("companion.main", lambda args: None)  # time
     call("demo", *flags)  # nothing is made again
