@@ -1,10 +1,20 @@
-# make demo: the whole method on the toy world.   make test: the tests.   make voc V=...: the method
-# on VOC 2012, for a GPU.   All set up .venv first, and continue where they were interrupted.
+# make setup: .venv, which all others set up first.   make test: the tests.
+# make demo: the whole method on the toy world.   make voc V=...: the method on VOC 2012, for a GPU.
+# Both continue where they were interrupted.
 PYTHON ?= python3
-OUT ?= runs/toy
+OUT ?= runs/$(or $(filter voc,$(MAKECMDGOALS)),toy)
 SEED ?= 0
 
-.PHONY: demo voc test
+# What may be set on the command line; for voc also OFFICIAL= (WeakTr's CAM checkpoint), CLIP=, VIT=
+# (names or files) and, for a trial, STEPS=, BATCH=, PHOTOS=
+MAY = PYTHON $(if $(filter demo voc,$(MAKECMDGOALS)),OUT SEED STEPS BATCH) \
+    $(if $(filter voc,$(MAKECMDGOALS)),V OFFICIAL CLIP VIT PHOTOS)
+SET = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+$(if $(filter-out $(MAY),$(SET)),$(error $(filter-out $(MAY),$(SET))= is no variable of this target, which takes $(strip $(MAY))))
+
+.PHONY: setup demo voc test
+
+setup: .venv/ready
 
 .venv/ready: requirements.txt experiments/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -16,15 +26,16 @@ SEED ?= 0
 	.venv/bin/python -m pip install -r tests/requirements.txt
 	touch $@
 
-demo: .venv/ready
-	.venv/bin/python experiments/demo.py --out $(OUT) --seed $(SEED)
+DEMO = .venv/bin/python experiments/demo.py --out $(OUT) --seed $(SEED) \
+    $(if $(STEPS),--steps $(STEPS)) $(if $(BATCH),--batch $(BATCH))
 
-# also OFFICIAL= (WeakTr's CAM checkpoint), CLIP=, VIT= (names or files), STEPS=, BATCH=
-voc: OUT = runs/voc
+demo: .venv/ready
+	$(DEMO)
+
 voc: .venv/ready
-	.venv/bin/python experiments/demo.py --voc $(or $(V),$(error pass V=PATH/VOCdevkit/VOC2012)) --out $(OUT) --seed $(SEED) \
+	$(DEMO) --voc $(or $(V),$(error pass V=PATH/VOCdevkit/VOC2012)) \
 	    $(if $(OFFICIAL),--official $(OFFICIAL)) $(if $(CLIP),--clip $(CLIP)) \
-	    $(if $(VIT),--vit $(VIT)) $(if $(STEPS),--steps $(STEPS)) $(if $(BATCH),--batch $(BATCH))
+	    $(if $(VIT),--vit $(VIT)) $(if $(PHOTOS),--photos $(PHOTOS))
 
 test: .venv/ready-tests
 	.venv/bin/python -m pytest tests

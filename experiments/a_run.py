@@ -63,7 +63,9 @@ def open_run(args):
     chosen = [(min(shown, key=lambda name: split.labels[name].sum()), k)
               for k, shown in enumerate(photos) if shown]
     has = {*phases, *texts, *files, *(f"cams of {phase}" for phase in cams)}
-    has |= {next(iter(generators.values())).kind} | ({"true masks"} if true else set())
+    has |= {next(iter(generators.values())).kind, "labels" if chosen else "no labels"}
+    has |= {"true masks"} if true else set()
+    has |= {"true masks of one class" for name in true if split.labels[name].sum() == 1}
     return Namespace(folder=folder, split=split, clip=clip, phases=phases, generators=generators,
                      recipe=recipe_of("toy", "refine", {}) | record, texts=texts, words=words,
                      true=true, cams=cams, files=files, chosen=chosen[:6], has=has)

@@ -6,8 +6,8 @@ them; the same at the best background score, found with masks (analysis); for ho
 noun nearest to the prompt is their own background. Mean and standard deviation over the seeds.
 
   for s in 0 1 2; do OMP_NUM_THREADS=1 python experiments/ablation.py --seeds $s & done; wait
-  python experiments/ablation.py --only   # table, OUT/ablation.png; the line above takes hours
-  python experiments/ablation.py --only "L_T none" --seeds 0                   # a row: minutes
+  python experiments/ablation.py --only    # the table, OUT/ablation.png; the line above takes hours
+  python experiments/ablation.py --only "L_T none" --seeds 0                    # a row: minutes
 """
 import argparse
 import json
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
-from common import run, writing  # noqa: E402
+from common import InputError, run, writing  # noqa: E402
 from exercise import call  # noqa: E402
 from make_pseudo import RECIPES  # noqa: E402
 
@@ -169,6 +169,8 @@ def main(args):
         if row.title in args.only and not done:
             run_row(args, row, seed)
     results = {row.title: scores(args, row) for row in ROWS}
+    if not any(results.values()):
+        raise InputError(f"{args.out}: no score of seeds {args.seeds}; run it without --only first")
     print(f"CAMs of {args.train} training photos, background score {RECIPES['toy'][0]}\n\n"
           f"{'':<36}{'mIoU':<14}{'best score':<14}own backgrounds   seeds")
     for title, found in results.items():
@@ -178,6 +180,7 @@ def main(args):
                   f"{' '.join(map(str, named)):<18}{len(found)}")
     if not args.only:  # else others may still train, and draw at the same time
         draw(results, Path(args.out) / "ablation.png")
+        return f"{args.out}/ablation.png"
 
 
 if __name__ == "__main__":

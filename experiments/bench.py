@@ -12,8 +12,8 @@ random. The segmentation has a batch of 4, the export 1 photo. Time on an idle m
 
   OMP_NUM_THREADS=2 python experiments/bench.py step --rounds 3
   python experiments/bench.py step --batch 64 --measure "ours match"   # MiB at VOC's batch
-  python experiments/bench.py crf --peer crf/bin/python --photos DIR   # tests/make_crf_golden.py
-                                    # says how to make it; the drawn picture and three .jpg of DIR
+  python experiments/bench.py crf --peer crf/bin/python --photos runs/toy/data/images
+      # tests/make_crf_golden.py says how to make crf/; the drawn picture and three .jpg of --photos
 """
 import argparse
 import subprocess
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import train_cam  # noqa: E402
 import train_seg  # noqa: E402
 from clip_model import CLIP, tokenize  # noqa: E402
-from common import mixed_precision  # noqa: E402
+from common import InputError, mixed_precision, run  # noqa: E402
 from make_pseudo import PRESETS, dense_crf, hard_unary  # noqa: E402
 from mask_generator import (  # noqa: E402
     AttentionFusion, MaskGenerator, ViT, photo_cams, scaled_input)
@@ -104,7 +104,10 @@ def bench_clip(args):
     x = torch.randn(args.batch, 3, ours.resolution, ours.resolution, device=args.device)
     if args.measure == "ours":
         return peak_here(lambda: backward(ours, x), args)
-    from clip.model import build_model
+    try:
+        from clip.model import build_model
+    except ImportError:
+        raise InputError("no clip-anytorch; pip install -r tests/requirements.txt") from None
     theirs = build_model(ours.state_dict()).float()  # trainable, as its loader leaves it
     theirs.load_state_dict(ours.state_dict())  # again: build_model rounds to float16
     theirs.to(args.device)
@@ -162,6 +165,11 @@ def bench_crf(args):
         images[path.name] = torch.from_numpy(np.array(photo))
     if args.measure:
         return peak_here(lambda: dense_crf(images["drawn"], torch.full((3, 375, 500), 1 / 3)), args)
+    how = "tests/make_crf_golden.py says how to make one"
+    if not args.peer:
+        print(f"no --peer, so theirs is ours on the CPU; {how}")
+    elif subprocess.run([args.peer, "-c", "import pydensecrf"], capture_output=True).returncode:
+        raise InputError(f"--peer {args.peer}: has no pydensecrf2; {how}")
     show("milliseconds, 500x375", "ours", "theirs", "ratio", "agree", "mean |dQ|")
     for (title, image), C, name in product(images.items(), (3, 21), ("voc", "irn", "clip-es")):
         unary, *weights = PRESETS[name].values()
@@ -343,4 +351,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args())

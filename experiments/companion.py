@@ -51,8 +51,10 @@ def save(figure, path):
 
 def grid(path, rows, head, left=(), texts=(), bars=()):
     """Rows of pictures (PIL, colours (H, W, 3), or values (H, W) from 0 to 1) -> a PNG of at most
-    about 800 pixels. head: above the columns; left: beside the rows; texts: rows of what stands
-    below each picture; bars: (columns, (colours, lowest, highest value, label))"""
+    about 800 pixels, none without rows. head: above the columns; left: beside the rows; texts: rows
+    of what stands below each picture; bars: (columns, (colours, lowest, highest value, label))"""
+    if not rows:
+        return
     height, width = len(rows), max(map(len, rows))
     figure = Figure((min(8, 1 + 1.35 * width), 2.5 * height), layout="compressed")
     axes = figure.subplots(height, width, squeeze=False)
@@ -313,11 +315,11 @@ def model(r, out):
 # ---- The page ------------------------------------------------------------------------------------
 
 SECTIONS = {  # what draws: what it needs
-    strip: set(), inside: {"vit"}, shares: {"true masks", *PHASES}, regions: set(),
-    growing: {"match", "prompt", "true masks"}, prompts: {"log"},
+    strip: {"labels"}, inside: {"vit", "labels"}, shares: {"true masks of one class", *PHASES},
+    regions: {"labels"}, growing: {"match", "prompt", "true masks of one class"}, prompts: {"log"},
     removes: {"cams of match", "cams of refine"},
     gains: {"true masks", "cams of match", "cams of refine"},
-    crf: {"cams of refine"}, model: {"seg", "pseudo masks"}}
+    crf: {"cams of refine", "labels"}, model: {"seg", "pseudo masks"}}
 CAPTIONS = {
     "1_inside.png": "Inside S: coarse map, attention of class token and marked patch, fine map",
     "2_regions.png": "Mask, kept and dropped region, cosines to texts; a true word is analysis",
@@ -386,8 +388,9 @@ def main(args):
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
         for name in ("tables.json", *CAPTIONS):
-            shutil.copy(out / name, args.figures)
-    print(f"{args.run / 'index.html'}: its pictures and tables.json are in {out}")
+            if (out / name).is_file():
+                shutil.copy(out / name, args.figures)
+    return f"{args.run / 'index.html'}: its pictures and tables.json are in {out}"
 
 
 if __name__ == "__main__":

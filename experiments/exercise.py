@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("--set", default="", metavar="KEY=VALUE", help="one changed value, as for train_cam.py; "
         "phases without the key ignore it")
     add("--world", default="", help="flags of prepare/toy.py: another world, in quotes")
-    add("--steps", type=int, help="fewer steps, to try it")
+    add("--steps", type=int, help="another number than the demo's, to try it")
     return parser.parse_args(argv)
 
 
@@ -54,6 +54,8 @@ def main(args):
     begun = json.loads((args.run / "demo.json").read_text())
     key = args.set.split("=")[0]  # one that no phase has goes to all, and is refused
     having = [phase for phase in args.phases if key in recipe_of("toy", phase, {})] or args.phases
+    steps = begun.get("steps") if args.steps is None else args.steps
+    same = {"steps": steps, "batch": begun.get("batch")}  # as the demo's, for a fair comparison
     shutil.copytree(args.run / "cam", cam)
     world = folder if args.world else args.run
     if args.world:
@@ -65,7 +67,7 @@ def main(args):
         call("train_cam.py", *common, "--vit", world / "vit.pth", "--resnet", world / "resnet.pth",
              "--generator", begun["generator"], "--phase", phase,
              *(["--set", args.set] if args.set and phase in having else []),
-             *(["--steps", args.steps] if args.steps else []))
+             *(f"--{key}={value}" for key, value in same.items() if value is not None))
     rows = []
     for phase in args.phases:
         if phase != "prompts":  # which gives no CAMs
@@ -75,12 +77,15 @@ def main(args):
             call("eval.py", "--data", world / "data", "--split", "train", "--cams", cams,
                  "--oracle-sweep", "--json", scores)
             rows += [(f"{phase}, demo", args.run / f"{phase}.json"), (f"{phase}, yours", scores)]
+    if steps != begun.get("steps"):
+        print(f"\nA trial: {steps} steps, the demo {begun.get('steps') or 'those of the recipe'}; "
+              "the scores do not compare")
     print(f"\n{'CAMs of':<24}{'mIoU':>8}   at the best score")
     for title, path in rows:
         miou, best = (json.loads(path.read_text())[key] for key in ("miou", "oracle"))
         print(f"{title:<24}{miou:>8.1f}   {best['miou']:.1f} at {best['background_score']}")
     print((cam / "prompts.txt").read_text() if "prompts" in args.phases else "")
-    print(f"{folder}: {(time.time() - began) / 60:.1f} minutes")
+    return f"{folder}: {(time.time() - began) / 60:.1f} minutes"
 
 
 if __name__ == "__main__":

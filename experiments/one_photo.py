@@ -5,7 +5,7 @@ with a background word, or a prompt of train_cam.py, weighted as on the toy worl
 
   python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky \
       --image runs/toy/data/images/train_00038.jpg
-  python experiments/one_photo.py --clip ViT-B/32 --image mine.jpg --class dog --background grass
+  python experiments/one_photo.py --image mine.jpg --class dog --background grass    # real CLIP
 """
 import argparse
 import sys
@@ -109,6 +109,7 @@ def main(args):
     with writing(args.out) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=others, loop=0,
                    duration=[100] * len(others) + [3000])
+    return f"{args.out}: the mask after each fifth step, {len(frames)} pictures"
 
 
 if __name__ == "__main__":

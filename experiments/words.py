@@ -5,8 +5,10 @@
 Reads a line `class: word, word` for each class. Writes OUT/prompts.pt and OUT/prompts.txt, as
 --phase prompts of train_cam.py does; its phases refine and export read them.
 
+  printf '%s: water, sky\n' boat train bird cow car bottle > words.txt
   python experiments/words.py --data runs/toy/data --clip runs/toy/clip.pt --words words.txt \
-      --out runs/hand               # and copy classify.pt there, for train_cam.py --phase refine
+      --out runs/hand
+  cp runs/toy/cam/classify.pt runs/hand    # train_cam.py --phase refine --out runs/hand reads both
 """
 import argparse
 import sys
@@ -39,8 +41,17 @@ def main(args):
     earlier_run(args.out / "prompts", {}, False, (".txt",))  # refuses files that are not ours
     device = start_processes("auto")
     split, clip = Split(args.data, args.split), load_clip(args.clip, device)
-    rows = [line.partition(":") for line in Path(args.words).read_text("utf-8").splitlines()]
-    words = {name.strip(): [word.strip() for word in row.split(",")] for name, _, row in rows}
+    words, text = {}, Path(args.words).read_bytes()
+    try:
+        text = text.decode("utf-8-sig")
+    except UnicodeDecodeError:  # of an older Windows
+        text = text.decode("latin-1")
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, *found = (word.strip() for word in line.replace(":", ",", 1).split(","))
+        if name in words or "" in found:
+            raise InputError(f"{args.words}: {line!r}: an empty word, or a class for the second "
+                             "time; expected a line `class: word, word` for each class")
+        words[name] = found
     if set(words) != set(split.classes):
         raise InputError(f"{args.words}: words for {', '.join(words) or 'no class'}; expected a "
                          f"line `class: word, word` for each of {', '.join(split.classes)}")
@@ -49,6 +60,8 @@ def main(args):
     record = {"script": "words.py", "words by hand": words, "clip": clip.sha256}
     save(args.out / "prompts.pt", {"u_b": u_b.cpu(), "classes": split.classes, "record": record})
     write_words(args.out, u_b, split, clip)
+    return (f"{args.out}/prompts.pt, prompts.txt; next: train_cam.py --phase refine, with "
+            f"classify.pt in {args.out}")
 
 
 if __name__ == "__main__":

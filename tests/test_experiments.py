@@ -3,18 +3,23 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import textwrap
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, call, error_line, files_in
 from PIL import Image
+from test_prepare import voc_root
 
 import ablation
 import bench
 import companion
+import demo
 import one_photo
 import toy as toy_world
 from clip_model import class_texts, load_clip
@@ -70,7 +75,8 @@ def run(toy, chain, tmp_path_factory):
              run / f"cams_{phase}", "--recipe", "toy", "--device", "cpu")
         scores = {"miou": 1.0, "oracle": {"miou": 2.0, "background_score": 0.5}}
         (run / f"{phase}.json").write_text(json.dumps(scores))
-    (run / "demo.json").write_text(json.dumps({"seed": 0, "world": "", "generator": "vit"}))
+    (run / "demo.json").write_text(json.dumps({"seed": 0, "world": "", "generator": "vit",
+                                               "steps": 3, "batch": 4}))
     (run / "full.json").write_text("{}")
     return run
 
@@ -94,7 +100,8 @@ def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
     for file in ("classify.pt", "match.pt"):
         shutil.copy(chain / "cam" / file, mine)
     flags = ["--run", mine, "--data", chain / "data", "--clip", toy / "clip.pt"]
-    call("companion", *flags)
+    call("companion", *flags, "--figures", tmp_path / "fewer")
+    assert {*files_in(tmp_path / "fewer")} == {"tables.json", "1_inside.png", "2_regions.png"}
     assert drawn(mine) == {"strip.png", "1_inside.png", "2_regions.png"}
     before = files_in(mine)
     call("companion", *flags)
@@ -105,6 +112,26 @@ def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
         before = files_in(mine)
         assert "strip.png: is there already, and no" in error_line(capsys, "companion", *flags)
         assert files_in(mine) == before
+
+
+@pytest.mark.parametrize("case", ["no CAM changed", "every class", "no label"])
+def test_pictures_that_there_cannot_be_are_left_out(case, run, tmp_path):
+    drawn_before = shutil.ignore_patterns("companion", "strip.png", "index.html", "cams")
+    run, left_out = shutil.copytree(run, tmp_path / "run", ignore=drawn_before), {"5_removes.png"}
+    if case == "no CAM changed":
+        shutil.rmtree(run / "cams_refine")
+        shutil.copytree(run / "cams_match", run / "cams_refine")
+    else:
+        rows = [line.split(",")[0] for line in (run / "data/train.csv").read_text().splitlines()]
+        classes = ";".join(toy_world.OBJECTS) if case == "every class" else ""
+        (run / "data/train.csv").write_text("\n".join(f"{row},{classes}" for row in rows[:4]))
+        for path in (path for phase in companion.PHASES for path in run.glob(f"cams_{phase}/*y")):
+            np.save(path, np.random.rand(6, 8, 8).astype(np.float16))
+        left_out |= {"3_masks.png", "3_growing.png", "3_losses.png"}
+        if not classes:
+            left_out |= {"strip.png", "1_inside.png", "2_regions.png", "6_crf.png"}
+    call("companion", "--run", run)
+    assert drawn(run) == {"strip.png", *companion.CAPTIONS} - left_out
 
 
 def test_parts_of_the_generator_make_the_fine_map(run):
@@ -125,13 +152,89 @@ def test_growing_masks_end_at_the_object_and_at_the_photo():
     assert masks[0].sum() == 6 and masks[0, 6:8, 6:9].sum() == 6  # a tenth, from the middle
 
 
+@pytest.fixture
+def voc(toy, tmp_path):
+    """Flags of demo.py for two toy photos in VOC's layout"""
+    root = voc_root(tmp_path / "VOC2012", {"a": ["cow"], "b": ["car"]}, train=["a"], val=["b"])
+    (root / "SegmentationClass").mkdir(exist_ok=True)
+    return {"--voc": root, "--clip": toy / "clip.pt", "--vit": toy / "vit.pth"}
+
+
+@pytest.mark.parametrize("wrong, expected", [
+    ({"--voc": "none/VOC2012"}, "train.txt: not there; expected VOC 2012"),
+    ({"--official": "none.pth"}, "none.pth: not there; expected"),
+    ({"--clip": "ViT-B/23"}, "ViT-B/23: no such file"), ({"--vit": "deit"}, "deit: no such file"),
+    ({"--photos": 0}, "--photos 0: expected a number above 0"),
+    ({"--world": "--train 9"}, "--world: only without --voc"),
+    ({"--voc": "", "--world": "--pairs boat:tree", "--clip": "ViT-B/32", "--vit": "deit_small"},
+     "--pairs boat:tree: expected")])
+def test_a_demo_finds_its_inputs_before_it_writes(wrong, expected, voc, tmp_path, capsys):
+    flags = [x for pair in (voc | wrong).items() for x in pair if pair[1] != ""]
+    flags = [f"{a}={b}" for a, b in zip(flags[::2], flags[1::2])]
+    assert expected in error_line(capsys, "demo", "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
+    """The line names what differs. V/ is V, and minutes add up."""
+    monkeypatch.setattr(demo, "stages", lambda args: "")
+    flags = [x for pair in voc.items() for x in pair] + ["--out", tmp_path / "out"]
+    call("demo", *flags)
+    (tmp_path / "out/minutes.json").write_text("60")
+    call("demo", *flags, "--voc", f"{voc['--voc']}/")
+    assert "out: 60.0 minutes, all starts" in capsys.readouterr().out
+    line = error_line(capsys, "demo", *flags, "--seed", 1)
+    assert "demo.json: made with seed 0, now it is 1; pass the same" in line and len(line) < 200
+
+
+@pytest.mark.parametrize("flags, published", [
+    ([], True), (["--steps", 9], False), (["--batch", 2], False), (["--vit", "deit_tiny"], False)])
+def test_published_scores_stand_beside_the_same_lists_and_recipe(flags, published, chain, tmp_path,
+                                                                 capsys):
+    for folder in ("cam", "seg"):
+        shutil.copytree(chain / folder, tmp_path / folder)
+    for name, row in demo.VOC.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            {"miou": 50, "list": row[0], "images": demo.PUBLISHED[row[0]]}))
+    split = Split(chain / "data", "train")
+    split.split, split.names = "train_aug", [""] * 10582
+    args = ["--out", tmp_path, "--voc", "V", *flags]
+    demo.table(demo.parse_args([*map(str, args)]), demo.VOC, split)
+    told = capsys.readouterr().out
+    assert len(re.findall(r"50\.0 +(?:WeakTr|SemPLeS) \d\d", told)) == 5 * published
+    assert ("and not shown" in told) != published and ("Trial (--steps 9)" in told) == (9 in flags)
+    assert "trained on 10,582 photos of train_aug, scored on 1,464 of train and 1,449 of v" in told
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize("words, expected", [
+    ("demo STEPS=3 BATCH=2", "--out runs/toy --seed 0 --steps 3 --batch 2"),
+    ("voc V=v PHOTOS=9", "--out runs/voc --seed 0 --voc v --photos 9"), ("setup", "-m venv .venv"),
+    ("voc V=v STEP=2", "STEP= is no variable of this target"),
+    ("demo V=v", "V= is no variable of this target"), ("test STEPS=1", "STEPS= is no variable")])
+def test_make_drops_no_word(words, expected):
+    told = subprocess.run(["make", "-n", "-B", *words.split()], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert expected in " ".join((told.stdout + told.stderr).replace("\\\n", " ").split())
+    assert (told.returncode == 2) == ("is no" in expected)
+
+
 def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     lines, file = [f"{name}: water, sky" for name in toy_world.OBJECTS], tmp_path / "words.txt"
     flags = ["--data", toy / "data", "--clip", toy / "clip.pt", "--out", tmp_path, "--words", file]
     file.write_text("\n".join(lines[1:]))
     assert "expected a line" in error_line(capsys, "words", *flags)
-    file.write_text("\n".join(lines))
+    for wrong in ([*lines, lines[0]], ["boat: water, , sky", *lines[1:]], ["boat:", *lines[1:]]):
+        file.write_text("\n".join(wrong))
+        assert "'boat:" in (line := error_line(capsys, "words", *flags)) and "an empty" in line
+    file.write_bytes("\n".join(["boat: caf\u00e9", *lines[1:]]).encode("latin-1"))
+    call("words", *flags[:4], "--out", tmp_path / "latin", *flags[6:])
+    state = torch.load(tmp_path / "latin/prompts.pt")
+    assert state["record"]["words by hand"]["boat"] == ["caf\u00e9"]
+    file.write_text("\ufeff" + "\n".join(lines) + "\n\n", encoding="utf-8")
+    capsys.readouterr()
     call("words", *flags)
+    assert f"{tmp_path}/prompts.pt, prompts.txt; next" in capsys.readouterr().out
     before = files_in(tmp_path)
     call("words", *flags)  # replaces its own
     assert files_in(tmp_path) == before
@@ -148,12 +251,13 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     assert torch.allclose(state["prompts"]["u_b"], texts.mean(dim=0).expand(6, -1), atol=1e-6)
 
 
-def test_one_photo(toy, chain, tmp_path):
+def test_one_photo(toy, chain, tmp_path, capsys):
     split, gif = Split(toy / "data", "train"), tmp_path / "one.gif"
     cow = split.classes.index("cow")
     photo = next(split.paths[name] for name in split.names if split.present(name).tolist() == [cow])
     flags = ["--clip", toy / "clip.pt", "--image", photo, "--steps", 5, "--out", gif, "--class"]
     call("one_photo", *flags, "cow", "--prompts", chain / "cam/prompts.pt")
+    assert f"{gif}: " in capsys.readouterr().out
     with Image.open(gif) as picture:
         assert picture.n_frames == 3 and picture.size == (700, 560)
 
@@ -172,9 +276,14 @@ def test_an_exercise_takes_a_new_folder(run, capsys):
     (run / "exercise-1").mkdir()
     before = files_in(run)
     call("exercise", *flags)
-    rows = re.findall(r"^match, (demo|yours) +[\d.]+ +[\d.]+ at 0", capsys.readouterr().out, re.M)
+    told = capsys.readouterr().out
+    assert "A trial: 2 steps, the demo 3; the scores do not compare" in told
+    rows = re.findall(r"^match, (demo|yours) +[\d.]+ +[\d.]+ at 0", told, re.M)
     assert rows == ["demo", "yours"] and not files_in(run / "exercise-1")
-    call("exercise", "--run", run, "--phases", "prompts", "--steps", 1)
+    call("exercise", "--run", run, "--phases", "prompts")
+    record = torch.load(run / "exercise-3/cam/prompts.pt")["record"]
+    assert (record["steps"], record["batch"]) == (3, 4)  # the demo's
+    assert "A trial" not in capsys.readouterr().out
     assert (run / "exercise-2/match.json").is_file() and (run / "exercise-3/cam").is_dir()
     assert before.items() <= files_in(run).items()
 
@@ -192,10 +301,21 @@ def test_benches_run(what, monkeypatch, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what, flags, expected", [
+    ("clip", [], "no clip-anytorch; pip install -r tests/requirements.txt"),
+    ("crf", ["--peer", sys.executable], "no pydensecrf2; tests/make_crf_golden.py says how")])
+def test_benches_without_their_peers_say_so(what, flags, expected, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "clip.model", None)
+    monkeypatch.setattr(bench, "CLIP", partial(bench.CLIP, 64, 16, 64, 1, 64, 1, 64))
+    assert expected in error_line(capsys, "bench", what, *flags, "--device", "cpu")
+
+
 def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
     """Of two seeds; a row of one seed says (1)"""
     flags = ["--out", tmp_path, "--seeds", 0, 1, "--only"]
     args = ablation.parse_args([str(flag) for flag in flags])
+    line = error_line(capsys, "ablation", *flags)
+    assert "no score of seeds [0, 1]; run it without --only" in line and not files_in(tmp_path)
     for i, row in enumerate(ablation.ROWS[:-1]):
         for seed in (0, 1) if row.title != "L_T none" else (0,):
             _, chain, out = ablation.folders(args, row, seed)
@@ -205,7 +325,7 @@ def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
             scores = {"miou": 60.0 + i + 2 * seed, "oracle": {"miou": 70.0}}
             (out / "score.json").write_text(json.dumps(scores))
     call("ablation", *flags)
-    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[3:]]
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[3:-1]]
     assert rows[0] == "classification 61.0 ± 1.4 70.0 ± 0.0 2"
     assert rows[2] == "the method 63.0 ± 1.4 70.0 ± 0.0 1 1 2"
     assert rows[7] == "L_T none 67.0 (1) 70.0 (1) 1 1"

@@ -298,15 +298,23 @@ def test_voc_in_one_command(toy, tmp_path, capsys, monkeypatch):
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
 
     flags = ["--voc", root, "--out", tmp_path / "run", "--official", tmp_path / "theirs.pth",
-             "--clip", toy / "clip.pt", "--vit", tmp_path / "vit.pth", "--steps", 2, "--batch", 2]
+             "--clip", toy / "clip.pt", "--vit", tmp_path / "vit.pth", "--steps", 2, "--batch", 2,
+             "--photos", 3]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(make_pseudo, "main", lambda args: 1 / 0)
         call("demo", *flags)
     call("demo", *flags)
     done, table = files_in(tmp_path / "run"), capsys.readouterr().out
-    assert len(re.findall(r"(?:WeakTr|SemPLeS) \d\d\.\d", table)) == 5 and "refined CAM" in table
+    assert ("Trial (--photos 3 --steps 2): trained on 3 photos of train-3, scored on 3 of train-3 "
+            "and 2 of val-3; backbone") in table and "match 2 x 2, prompts 2 x 2, ref" in table
+    assert "WeakTr" not in table.partition("steps x batch:")[2] and "refined CAM" in table
+    shown = {split.classes[k] for name in names[:3] for k in split.present(name)}
+    assert set(re.findall(r"^(\w+): \w+ 0\.", table, re.M)) == shown
+    minutes = float(re.search(r"run: ([\d.]+) minutes, all", table)[1])
     assert {"index.html", "strip.png", "seg/seg.pt", "seg_train.json"} <= done.keys()
     monkeypatch.setattr("companion.main", lambda args: None)  # time
     call("demo", *flags)  # nothing is made again
+    assert float(re.search(r"run: ([\d.]+) minutes", capsys.readouterr().out)[1]) >= minutes
+    done.pop("minutes.json")
     assert {name: data for name, data in done.items() if name.endswith((".pt", ".npy", ".json"))
             }.items() <= files_in(tmp_path / "run").items()
