@@ -69,11 +69,11 @@ def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
     """0.7 for the winner, which may be background, or the scores divided by their sum"""
     image, maps = scene(40, 50)
     maps = maps[:2] / maps[:2].amax()
-    scores = torch.cat([torch.full((1, 40, 50), 0.43), maps])
+    scores = torch.cat([torch.full((1, 40, 50), 0.3), maps])
     winner = scores.argmax(0)
     unary = torch.stack([torch.where(winner == label, 0.7, 0.15) for label in range(3)])
     Q = dense_crf(image, unary if preset != "clip-es" else scores / scores.sum(0), *kernels)
-    found, raw = (pseudo_mask(image.numpy(), maps, np.array([1, 4]), 0.43, name, CPU)
+    found, raw = (pseudo_mask(image.numpy(), maps, np.array([1, 4]), 0.3, name, CPU)
                   for name in (preset, "none"))
     numbers = np.array([0, 2, 5], np.uint8)
     assert np.array_equal(found, numbers[Q.argmax(0)]) and np.array_equal(raw, numbers[winner])
@@ -95,6 +95,12 @@ def test_any_image_gives_probabilities(H, W, C, seed, sxy, srgb):
     torch.testing.assert_close(swapped, Q[order], atol=1e-5, rtol=0)
     uniform = dense_crf(image * 0 + 128, torch.full((C, H, W), 1 / C), **kernels)
     torch.testing.assert_close(uniform, torch.full((C, H, W), 1 / C))
+
+
+def test_cams_are_enlarged_bilinearly(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[[0, 1], [0, 1]]], np.float16))
+    maps = read_cams(tmp_path, "a", [0], (2, 4))
+    assert maps.tolist() == [[[0, 0.25, 0.75, 1]] * 2]
 
 
 def test_the_number_of_threads_changes_no_bit(tmp_path):

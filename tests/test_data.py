@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 import common
 from common import (
     PALETTE, InputError, Split, read_labels, write_labels, writing)
+from mask_generator import load_generator
 
 TABLE = "images/a.jpg,cat\nimages/b.JPG,cat;dog\nimages/c.PNG,\n"
 
@@ -121,6 +122,15 @@ def test_batches(monkeypatch):
         assert sorted(sum(parts, [])) == sorted(whole)
     assert places(monkeypatch, 10, 9, start=5, rank=1, world=3) == shares[1][5:]
     assert places(monkeypatch, 10, 9, seed=6) != alone
+
+
+def test_classes_in_another_order_are_refused(root, chain):
+    """The weights' rows are classes."""
+    split = Split(root, "train")
+    load_generator(chain / "cam/match.pt", split)
+    split.classes = split.classes[::-1]
+    with pytest.raises(InputError, match="match.pt: trained for 6 classes, boat, train, .*bottle"):
+        load_generator(chain / "cam/match.pt", split)
 
 
 def test_rank_without_torchrun(monkeypatch):

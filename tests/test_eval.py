@@ -2,6 +2,7 @@
 import json
 import shutil
 import weakref
+from argparse import Namespace
 from itertools import product
 
 import numpy as np
@@ -98,6 +99,31 @@ def test_the_sweep_counts_as_score_by_score():
             present, int)
         slow = [confusion_matrix(score_labels(maps, present, t), truth, 5) for t in SWEEP]
         assert np.array_equal(sweep_matrices(maps, present, truth, 5), slow)
+
+
+def test_counts_are_exact(pets, monkeypatch):
+    """2^24 pixels and one more, which float32 does not tell apart"""
+    counts = iter([2**24, 0, 0])
+    def matrix(labels, truth, C):
+        found = np.zeros((C, C), np.int64)
+        found[1, 1] = next(counts)
+        found[1, 2] = 1 - bool(found[1, 1])
+        return found
+    monkeypatch.setattr(eval, "confusion_matrix", matrix)
+    assert score(pets, "--pred", pets / "pred")["iou"]["cat"] == round(
+        100 * 2**24 / (2**24 + 2), 6) < 100
+
+
+def test_the_side_is_the_short_one(monkeypatch):
+    """A photo of 100 x 50 goes into the model with 64 pixels of height."""
+    shapes = []
+
+    def model(x):
+        shapes.append(tuple(x.shape))
+        return torch.zeros(len(x), 3, *x.shape[2:])
+    model.backbone = Namespace(patch=4)
+    predict(model, Image.new("RGB", (100, 50)), RECIPE | {"scales": (1,)}, False, CPU)
+    assert shapes == [(1, 3, 64, 128)]
 
 
 def test_no_photo_is_decoded_to_score_files(pets):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PHASES, TINY, moved, two_processes
 
 import common
@@ -69,6 +70,28 @@ def test_region_masks_by_hand():
     torch.testing.assert_close(region_masks(cam, (2, 2), eps=0.1), expected[:, None])
     bigger = region_masks(cam[:1, :1], (1, 8), eps=0)[0, 0, 0]  # 1, 3: bilinear, then 0 to 1
     torch.testing.assert_close(bigger, torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]))
+
+
+def test_slopes_of_the_masks():
+    """The minimum and the maximum of M move with the map: finite differences. float32 always"""
+    torch.manual_seed(0)
+    cam, weight = torch.rand(1, 3, 3), torch.rand(3, 3)
+    value = lambda m: (weight * region_masks(m, (3, 3), eps=0.1)).sum()  # noqa: E731
+    slope, = torch.autograd.grad(value(m := cam.clone().requires_grad_()), m)
+    for i in range(9):
+        step = 1e-3 * torch.eye(9)[i].view(1, 3, 3)
+        finite = (value(cam + step) - value(cam - step)) / 2e-3
+        assert slope.flatten()[i].item() == pytest.approx(finite.item(), abs=5e-3)
+    assert region_masks(cam.bfloat16(), (3, 3), eps=0.1).dtype == torch.float32
+
+
+def test_a_large_image_is_shrunk_for_clip_with_antialias(clip):
+    image = torch.randn(1, 3, 128, 160)
+    expected = F.interpolate(image, size=(64, 64), mode="bicubic", antialias=True)
+    values = [torch.tensor(v).view(3, 1, 1)
+              for v in (IMAGENET_STD, IMAGENET_MEAN, CLIP_MEAN, CLIP_STD)]
+    expected = (expected * values[0] + values[1] - values[2]) / values[3]
+    torch.testing.assert_close(train_cam.clip_view(clip, image), expected)
 
 
 def test_regions_by_hand(clip):
@@ -171,6 +194,16 @@ def seen(monkeypatch):
         monkeypatch.setitem(train_cam.PHASES, phase, lambda *args, run=run, **given: (
             seen.given.append(given), run(*args, **given)))
     return seen
+
+
+def test_options_reach_the_checkpoints(cam, chain, tmp_path, seen):
+    """Of classify: drop path too; of prompts: their length"""
+    out = shutil.copytree(chain / "cam", tmp_path / "cam")
+    saved = cam(out, "--phase", "classify", "--set", "pool=mean", "drop_path=0.25")
+    assert saved["classify"]["options"]["pool"] == "mean"
+    assert seen.steps[0][0].backbone.blocks[-1].drop_path == 0.25
+    saved = cam(out, "--phase", "prompts", "--set", "length=4")
+    assert saved["prompts"]["vectors"].shape == (6, 4, 128)
 
 
 @pytest.mark.parametrize("phase", ["match", "prompts", "refine"])

@@ -264,7 +264,13 @@ def other_mask(m):
     (m / "masks/train_00001.png").write_bytes((m / "masks/train_00002.png").read_bytes() + b" ")
 
 
+def other_prompts(m):
+    """match.pt, of which the prompts are made, and what follows it"""
+    add_one("cam/match.pt", "generator", "head.bias")(m)
+
+
 CHANGES = {  # what changes; the stage that refuses, the file and key that it names
+    "match.pt": (other_prompts, "cam", "prompts.pt: made with match"),
     "words": (replace("data/classes.txt", "boat", "boat: X"), "cam", "match.pt: made with words"),
     "a photo": (other_photo, "cam", "classify.pt: made with photos"),
     "a photo, masks": (other_photo, "masks", "masks: holds an earlier run made with photos"),

@@ -65,6 +65,7 @@ def test_cams_and_pseudo_masks(chain):
         assert cams.min() >= 0 and cams.max() <= 1
         tops += cams.max(axis=(1, 2)).tolist()
         check_label_png(chain / f"masks/{name}.png", (W, H), {0, *(1 + present).tolist()})
+        assert (cams.min(axis=(1, 2)) == 0).all()
     assert all(top == 0 or top > 0.99 for top in tops) and max(tops) > 0.99  # the whole range
 
 
