@@ -405,9 +405,9 @@ def load_prompts(path, split, clip):
 
 def write_words(out, u_b, split, clip):
     """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E)"""
-    rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
     if RANK > 0:
         return
+    rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
     with writing(out / "prompts.txt") as temporary:
         temporary.write_text("".join(
             f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"
@@ -438,7 +438,8 @@ def parse_args(argv=None):
     add("--phase", choices=[*PHASES, "all"], default="all", help="one phase, which starts from "
         "the files of the earlier ones, or all of them")
     add("--resume", action="store_true", help="keep what was made of the same inputs, and continue "
-        "exactly where a killed run stopped; without it all is made again")
+        "exactly where a killed run stopped; without it one phase is made again, and all of them "
+        "need an OUT without their files")
     add("--clip", default="ViT-B/32", metavar="NAME", help="a CLIP by name, downloaded once, or "
         "a checkpoint file")
     add("--snapshots", type=int, default=0, metavar="N", help="OUT/PHASE-STEP.pt too, N times "
@@ -482,8 +483,8 @@ def main(args):
         print(f"{args.split}: {len(split.names)} images, which show "
               + ", ".join(f"{name} {n}" for name, n in counts), flush=True)
     recipes = {phase: recipe_of(args.recipe, phase, changes) for phase in phases}
-    for phase in set(phases) - {"export"}:
-        recipes[phase] |= schedule(recipes[phase], len(split.names), args.steps)
+    for recipe in (recipe for recipe in recipes.values() if "epochs" in recipe):  # of trainings
+        recipe |= schedule(recipe, len(split.names), args.steps)
     left = in_first_process(lambda: phases_left(args, phases, recipes, split, texts))
     for phase in phases:
         if phase not in left:
