@@ -114,10 +114,12 @@ def find_inputs(args):
         if getattr(args, key) != getattr(parse_args([]), key):
             raise InputError(f"--{key}: only {'without' if args.voc else 'with'} --voc")
     if not args.voc:
-        return toy.read_pairs(toy.parse_args(args.world.split()).pairs)
-    lists = Path(args.voc, "ImageSets/Segmentation")
-    for path in (lists / "train.txt", lists / "val.txt", Path(args.voc, "JPEGImages"),
-                 Path(args.voc, "SegmentationClass"), Path(args.official or args.voc)):
+        toy.read_pairs(toy.parse_args(args.world.split()).pairs)
+        return
+    voc, masks = Path(args.voc), "SegmentationClass"  # or SegmentationClassAug alone
+    lists = [voc / f"ImageSets/Segmentation/{name}.txt" for name in ("train", "val")]
+    for path in (*lists, voc / "JPEGImages", next(voc.glob(f"{masks}*"), voc / masks),
+                 Path(args.official or voc)):
         if not path.exists():
             raise InputError(f"{path}: not there; expected VOC 2012, as prepare/voc.py --download "
                              "unpacks it, and WeakTr's CAM checkpoint as --official")

@@ -187,23 +187,24 @@ def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
     assert "demo.json: made with seed 0, now it is 1; pass the same" in line and len(line) < 200
 
 
-@pytest.mark.parametrize("flags, published", [
-    ([], True), (["--steps", 9], False), (["--batch", 2], False), (["--vit", "deit_tiny"], False)])
-def test_published_scores_stand_beside_the_same_lists_and_recipe(flags, published, chain, tmp_path,
-                                                                 capsys):
+@pytest.mark.parametrize("photos, flags, published", [
+    (10582, [], True), (5000, [], False), (10582, ["--steps", 9], False),
+    (10582, ["--batch", 2], False), (10582, ["--vit", "deit_tiny"], False)])
+def test_published_scores_stand_beside_the_same_lists_and_recipe(photos, flags, published, chain,
+                                                                 tmp_path, capsys):
     for folder in ("cam", "seg"):
         shutil.copytree(chain / folder, tmp_path / folder)
     for name, row in demo.VOC.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(
             {"miou": 50, "list": row[0], "images": demo.PUBLISHED[row[0]]}))
     split = Split(chain / "data", "train")
-    split.split, split.names = "train_aug", [""] * 10582
+    split.split, split.names = "train_aug", [""] * photos
     args = ["--out", tmp_path, "--voc", "V", *flags]
     demo.table(demo.parse_args([*map(str, args)]), demo.VOC, split)
     told = capsys.readouterr().out
     assert len(re.findall(r"50\.0 +(?:WeakTr|SemPLeS) \d\d", told)) == 5 * published
     assert ("and not shown" in told) != published and ("Trial (--steps 9)" in told) == (9 in flags)
-    assert "trained on 10,582 photos of train_aug, scored on 1,464 of train and 1,449 of v" in told
+    assert f"trained on {photos:,} photos of train_aug, scored on 1,464 of train and 1,449" in told
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
@@ -217,6 +218,11 @@ def test_make_drops_no_word(words, expected):
                           capture_output=True)
     assert expected in " ".join((told.stdout + told.stderr).replace("\\\n", " ").split())
     assert (told.returncode == 2) == ("is no" in expected)
+
+
+def test_folders_of_the_docs_are_ignored():
+    lines = (ROOT / ".gitignore").read_text().splitlines()
+    assert {f"/{folder}/" for folder in ("mine", "coco", "cams", "results", "data")} <= {*lines}
 
 
 def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
