@@ -241,6 +241,9 @@ def main(args):
 
     # ---- Whose labels, and how they are made
     device, source, settings = start_processes(args.device), Path(getattr(args, mode)), {}
+    for path in (source, Path(args.images or ".")):
+        if not path.exists():
+            raise InputError(f"{path}: not there; expected what --{mode} and --images name")
     if args.checkpoint:
         model, recipe, side, classes = load_segmenter(source)
     split = Photos(args.images, classes) if args.images else Split(args.data, args.split)

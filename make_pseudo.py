@@ -328,7 +328,10 @@ def check_cams(folder, split):
         raise InputError(f"{folder}: CAMs of the classes {record.get('classes')}; the data has "
                          f"{split.classes}; pass CAMs of this data")
     for name in split.names:
-        if record["shown"].get(name) != split.present(name).tolist():
+        if name not in record["shown"]:
+            raise InputError(f"{folder}: no CAMs of {name}, a photo of {split.split}.csv; pass the "
+                             "--split that they were made for")
+        if record["shown"][name] != split.present(name).tolist():
             raise InputError(f"{folder}: made for other labels of {name}; expected CAMs of what "
                              f"{split.split}.csv says now; export them again, to another folder")
 

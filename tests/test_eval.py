@@ -331,6 +331,7 @@ def test_saved_labels_replace_nothing(segmenter, pets, capsys):
     ("--pred p --background-score 0.4", "--background-score: only with --cams"),
     ("--cams c --background-score 1", "--background-score 1.0: expected a number in (0, 1)"),
     ("--checkpoint s --scales 0", "expected numbers above 0"),
+    ("--pred none", "none: not there"),
     ("--checkpoint s --scales 1 nan", "expected numbers above 0")])
 def test_flags_that_the_mode_ignores_are_refused(flags, says, capsys):
     assert says in error_line(capsys, "eval", "--data", "none", *flags.split())

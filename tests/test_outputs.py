@@ -220,7 +220,7 @@ LABELS = {
     "a new photo": (lambda m: (shutil.copy(m / "data/images/val_00001.jpg",
                                            m / "data/images/new.jpg"),
                                (m / "data/train.csv").open("a").write("images/new.jpg,cow\n")),
-                    "made for other labels of new")}
+                    "no CAMs of new, a photo of train.csv; pass the --split")}
 
 
 @pytest.mark.parametrize("change, says", LABELS.values(), ids=LABELS)
