@@ -1,12 +1,16 @@
 """docs/method.md shows the code that there is; experiments/ runs."""
+import hashlib
 import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ import demo
 import one_photo
 import toy as toy_world
 from clip_model import class_texts, load_clip
-from common import Split
+from common import InputError, Split
 from mask_generator import scaled_input
 from train_cam import clip_view, cosine
 
@@ -185,6 +189,90 @@ def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
     assert "out: 60.0 minutes, all starts" in capsys.readouterr().out
     line = error_line(capsys, "demo", *flags, "--seed", 1)
     assert "demo.json: made with seed 0, now it is 1; pass the same" in line and len(line) < 200
+
+
+DEMO = """\
+{P}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase classify --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase match --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase prompts --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase refine --vit {V} {G}
+train_cam {T} {E} --phase export --checkpoint O/cam/classify.pt --cams O/cams_classify --split train
+eval --data O/data --split train --cams O/cams_classify --oracle-sweep --json O/classify.json
+train_cam {T} {E} --phase export --checkpoint O/cam/match.pt --cams O/cams_match --split train
+eval --data O/data --split train --cams O/cams_match --oracle-sweep --json O/match.json
+train_cam {T} {E} --phase export --checkpoint O/cam/refine.pt --cams O/cams_refine --split {L}
+eval --data O/data --split train --cams O/cams_refine --oracle-sweep --json O/refine.json
+make_pseudo --data O/data --split {L} --cams O/cams_refine --out O/masks_plain --crf none --resume
+make_pseudo --data O/data --split {L} --cams O/cams_refine --out O/masks --crf voc --resume
+train_seg {T} --split {L} --vit {V} --labels O/masks --out O/seg
+eval --data O/data --split train --pred O/masks_plain --json O/masks_plain.json
+eval --data O/data --split train --pred O/masks --json O/masks.json
+{S}
+companion --run O --split train --clip {C}"""
+TRUE = ("train_seg --data O/data --recipe toy --seed 7 --workers 0 --resume --vit O/vit.pth "
+        "--steps 9 --labels O/data/masks --out O/full")
+DEMOS = {  # flags: the rest of the command lines
+    '--seed 7 --steps 9 --generator resnet --world "--val 9"': dict(
+        P="toy --out O --seed 7 --resume --val 9",
+        T="--data O/data --recipe toy --seed 7 --workers 0 --resume", L="train", C="O/clip.pt",
+        V="O/vit.pth --steps 9", G="--generator resnet --resnet O/resnet.pth",
+        S="eval --data O/data --split val --checkpoint O/seg/seg.pt --json O/seg.json\n"
+          "eval --data O/data --split val --checkpoint O/full/seg.pt --json O/full.json"),
+    "--voc V --seed 7 --batch 2 --clip C --vit D": dict(
+        P="voc --voc V --out O/data --resume", T="--data O/data --recipe voc --seed 7 --resume",
+        L="train_aug", C="C", V="D --batch 2", G="",
+        S="eval --data O/data --split train --checkpoint O/seg/seg.pt --present-only --crf none "
+          "--json O/seg_train.json\n"
+          "eval --data O/data --split val --checkpoint O/seg/seg.pt --json O/seg.json")}
+
+
+@pytest.mark.parametrize("flags, parts", DEMOS.items(), ids=["toy", "voc"])
+def test_command_lines_of_a_demo(flags, parts, tmp_path, monkeypatch):
+    """All of them, in order; of the toy world also that of the upper bound, in its own process"""
+    told, others, process = [], [], Namespace(wait=lambda: 0)
+    monkeypatch.setattr(demo, "step", lambda title, path, *flags, unless=False: told.append(
+        " ".join([Path(path).stem, *" ".join(map(str, flags)).split()])))
+    monkeypatch.setattr(demo, "digest", lambda path: "a file that is not there")
+    monkeypatch.setattr(demo, "table", lambda *_: None)
+    monkeypatch.setattr(demo, "Split", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "the", "same"])
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda words, **_: (
+        others.append(words), process)[1])
+    (tmp_path / "O/data").mkdir(parents=True)
+    (tmp_path / "O/data/train_aug.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["--out", "O", *shlex.split(flags)]
+    demo.stages(demo.parse_args(words))
+    parts["E"] = "--clip {C} --out O/cam".format(**parts)
+    assert told == [" ".join(line.split()) for line in DEMO.format(**parts).splitlines()]
+    told.clear()
+    if "--voc" in words:
+        assert not others
+        return
+    assert others == [[sys.executable, "demo.py", "the", "same", "--only", "full"]]
+    demo.stages(demo.parse_args([*words, "--only", "full"]))
+    assert told == [TRUE]
+    process.wait = lambda: 3
+    with pytest.raises(InputError, match="full.log: the run ended with exit code 3"):
+        demo.stages(demo.parse_args(words))
+
+
+@pytest.mark.parametrize("name, made", [
+    ("match", "cams_match/made_of.json"), ("masks", "masks/made_of.json"), ("seg", "seg/seg.pt"),
+    ("seg_train", "seg/seg.pt"), ("full", "full/seg.pt")])
+def test_a_stale_score_is_not_kept(name, made, tmp_path, monkeypatch):
+    """OUT/NAME.json is of what is there now, or is made again."""
+    kept, args = [], demo.parse_args(["--out", str(tmp_path)])
+    monkeypatch.setattr(demo, "step", lambda *_, unless=False: kept.append(unless))
+    for text in ("before", "after"):
+        (tmp_path / made).parent.mkdir(exist_ok=True)
+        (tmp_path / made).write_text(text)
+        demo.score(args, name, "val", "")
+        record = hashlib.sha256(b"before").hexdigest()
+        (tmp_path / f"{name}.json").write_text(json.dumps({"record": record}))
+        demo.score(args, name, "val", "")
+    assert kept == [False, True, False, False]
 
 
 @pytest.mark.parametrize("photos, flags, published", [
