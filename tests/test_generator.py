@@ -156,6 +156,20 @@ def test_positions_keep_their_order_on_another_grid():
         torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
+@torch.no_grad()
+def test_positions_of_another_grid_are_bicubic():
+    """A step of embeddings, 6 in a row made 12: by hand, with overshoots"""
+    vit = ViT(4, 64, 0, (1, 6))
+    vit.pos_embed[0, 1:] = (torch.arange(6) > 2).float()[:, None]
+    for parameter in vit.patch_embed.parameters():
+        parameter.zero_()
+    tokens, grid = vit.embed(torch.randn(1, 3, 4, 48), torch.zeros(1, 0, 64))
+    half = torch.tensor([0, 0, 0, -0.03516, -0.10547, 0.22656])
+    torch.testing.assert_close(tokens[0, :, 0], torch.cat([half, 1 - half.flip(0)]), atol=1e-5,
+                               rtol=0)
+    assert grid == (1, 12)
+
+
 def test_the_fine_prediction_trains_the_fusion_alone():
     torch.manual_seed(0)
     generator = MaskGenerator(ViT(4, 128, 4, (2, 2)), 3, reduction=1)
