@@ -233,25 +233,27 @@ def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
 
 DEMO = """\
 {P}
-train_cam {T} --split {L} --clip {C} --out O/cam --phase classify --vit {V} {G}
+{F}
 train_cam {T} --split {L} --clip {C} --out O/cam --phase match --vit {V} {G}
 train_cam {T} --split {L} --clip {C} --out O/cam --phase prompts --vit {V} {G}
 train_cam {T} --split {L} --clip {C} --out O/cam --phase refine --vit {V} {G}
-train_cam {T} {E} --phase export --checkpoint O/cam/classify.pt --cams O/cams_classify --split train
-eval --data O/data --split train --cams O/cams_classify --oracle-sweep --json O/classify.json
-train_cam {T} {E} --phase export --checkpoint O/cam/match.pt --cams O/cams_match --split train
-eval --data O/data --split train --cams O/cams_match --oracle-sweep --json O/match.json
+train_cam {T} {E} --phase export --checkpoint O/cam/classify.pt --cams O/cams_classify --split {R}
+eval --data O/data --split {R} --cams O/cams_classify --oracle-sweep --json O/classify.json
+train_cam {T} {E} --phase export --checkpoint O/cam/match.pt --cams O/cams_match --split {R}
+eval --data O/data --split {R} --cams O/cams_match --oracle-sweep --json O/match.json
 train_cam {T} {E} --phase export --checkpoint O/cam/refine.pt --cams O/cams_refine --split {L}
-eval --data O/data --split train --cams O/cams_refine --oracle-sweep --json O/refine.json
+eval --data O/data --split {R} --cams O/cams_refine --oracle-sweep --json O/refine.json
 make_pseudo --data O/data --split {L} --cams O/cams_refine --out O/masks_plain --crf none --resume
 make_pseudo --data O/data --split {L} --cams O/cams_refine --out O/masks --crf voc --resume
 train_seg {T} --split {L} --vit {V} --labels O/masks --out O/seg
-eval --data O/data --split train --pred O/masks_plain --json O/masks_plain.json
-eval --data O/data --split train --pred O/masks --json O/masks.json
+eval --data O/data --split {R} --pred O/masks_plain --json O/masks_plain.json
+eval --data O/data --split {R} --pred O/masks --json O/masks.json
 {S}
-companion --run O --split train --clip {C}"""
+companion --run O --split {R} --clip {C}"""
 TRUE = ("train_seg --data O/data --recipe toy --seed 7 --workers 0 --resume --vit O/vit.pth "
         "--steps 9 --labels O/data/masks --out O/full")
+PARTS = {"E": "--clip {C} --out O/cam", "R": "train", "F": "train_cam {T} --split {L} --clip {C} "
+         "--out O/cam --phase classify --vit {V} {G}"}
 DEMOS = {  # flags: the rest of the command lines
     '--seed 7 --steps 9 --generator resnet --world "--val 9"': dict(
         P="toy --out O --seed 7 --resume --val 9",
@@ -264,10 +266,14 @@ DEMOS = {  # flags: the rest of the command lines
         L="train_aug", C="C", V="D --batch 2", G="",
         S="eval --data O/data --split train --checkpoint O/seg/seg.pt --present-only --crf none "
           "--json O/seg_train.json\n"
-          "eval --data O/data --split val --checkpoint O/seg/seg.pt --json O/seg.json")}
+          "eval --data O/data --split val --checkpoint O/seg/seg.pt --json O/seg.json"),
+    "--voc V --seed 7 --official W --photos 2 --only cams": dict(
+        P="voc --voc V --out O/data --resume", T="--data O/data --recipe voc --seed 7 --resume",
+        F="official --data O/data --split train-2 --cam W --out O/cam", L="train-2", R="train-2",
+        C="ViT-B/32", V="deit_small", G="", S="")}
 
 
-@pytest.mark.parametrize("flags, parts", DEMOS.items(), ids=["toy", "voc"])
+@pytest.mark.parametrize("flags, parts", DEMOS.items(), ids=["toy", "voc", "a trial"])
 def test_command_lines_of_a_demo(flags, parts, tmp_path, monkeypatch):
     """All of them, in order; of the toy world also that of the upper bound, in its own process"""
     told, others, process = [], [], Namespace(wait=lambda: 0)
@@ -280,12 +286,15 @@ def test_command_lines_of_a_demo(flags, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(demo.subprocess, "Popen", lambda words, **_: (
         others.append(words), process)[1])
     (tmp_path / "O/data").mkdir(parents=True)
-    (tmp_path / "O/data/train_aug.csv").touch()
+    for name in ("train_aug", "train", "val"):
+        (tmp_path / f"O/data/{name}.csv").write_text("a\nb\nc\n")
     monkeypatch.chdir(tmp_path)
     words = ["--out", "O", *shlex.split(flags)]
     demo.stages(demo.parse_args(words))
-    parts["E"] = "--clip {C} --out O/cam".format(**parts)
-    assert told == [" ".join(line.split()) for line in DEMO.format(**parts).splitlines()]
+    parts, last = PARTS | parts, 11 if "--only" in words else None
+    expected = DEMO.format(**parts).format(**parts).splitlines()[:last]
+    assert told == [" ".join(line.split()) for line in expected]
+    assert not last or (tmp_path / "O/data/val-2.csv").read_text() == "a\nb\n"
     told.clear()
     if "--voc" in words:
         assert not others
