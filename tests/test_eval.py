@@ -155,19 +155,6 @@ def test_sizes_are_those_of_the_photo(pets, capsys):
         assert file in line and "(8, 12) pixels (height, width), its photo (12, 8)" in line
 
 
-def test_cams_of_other_labels_are_refused(pets, capsys):
-    """By the record beside them, before any is read"""
-    record = {"classes": PETS, "shown": {"a": [0], "b": [0, 2], "c": []}}
-    flags = ["--cams", pets / "cams", "--save", pets / "new"]
-    for change in ({"classes": PETS[::-1]}, {"shown": record["shown"] | {"b": [0, 1]}}):
-        (pets / "cams/made_of.json").write_text(json.dumps(record | change))
-        line = error_line(capsys, "eval", "--data", pets, "--split", "train", *flags)
-        assert "CAMs of the classes" in line or "other labels of b" in line
-    assert not (pets / "new").exists()
-    (pets / "cams/made_of.json").write_text(json.dumps(record))
-    score(pets, *flags)
-
-
 def test_score_labels_by_hand():
     """[eq. P1]"""
     cams = torch.tensor([[[0.9, 0.3, 0.5]], [[0.1, 0.4, 0.8]]])
