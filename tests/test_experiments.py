@@ -1,12 +1,16 @@
 """docs/method.md shows the code that there is; experiments/ runs."""
+import hashlib
 import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ import demo
 import one_photo
 import toy as toy_world
 from clip_model import class_texts, load_clip
-from common import Split
+from common import InputError, Split
 from mask_generator import scaled_input
 from train_cam import clip_view, cosine
 
@@ -62,9 +66,11 @@ def test_pictures_are_there_and_all_are_shown():
 
 @pytest.fixture(scope="module")
 def run(toy, chain, tmp_path_factory):
-    """The tiny chain with the files of a demo"""
+    """The tiny chain with the files of a demo; a shorter list, for time"""
     run = tmp_path_factory.mktemp("run")
     shutil.copytree(toy / "data", run / "data")
+    rows = (run / "data/train.csv").read_text().splitlines()[:6]
+    (run / "data/train.csv").write_text("\n".join(rows))
     for folder in ("cam", "masks", "seg"):
         shutil.copytree(chain / folder, run / folder)
     for file in ("clip.pt", "vit.pth"):
@@ -90,11 +96,48 @@ def drawn(folder):
     return {source.removeprefix("companion/") for source, _ in pictures}
 
 
-def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
+def check_tables(run, tables, tmp_path):
+    """A value of each table, by hand or by eval.py"""
+    split, clip = Split(run / "data", "train"), load_clip(run / "clip.pt")
+    truth = {name: np.array(Image.open(run / f"data/masks/{name}.png")) for name in split.names}
+    flags, saved = ["eval", "--data", run / "data", "--split", "train"], tmp_path / "saved"
+    call(*flags, "--cams", run / "cams_match", "--json", tmp_path / "match.json")
+    call(*flags, "--checkpoint", run / "seg/seg.pt", "--save", saved)
+    miou = json.loads((tmp_path / "match.json").read_text())["miou"]
+    assert tables["mIoU of labels"]["matching"] == pytest.approx(miou, abs=0.051)
+    gains = [np.mean(np.array(Image.open(saved / f"{name}.png")) == truth[name]) > np.mean(np.array(
+        Image.open(run / f"masks/{name}.png")) == truth[name]) for name in split.names]
+    assert tables["model better than its pseudo mask"] == f"{sum(gains)} of 6"
+    on, changes, cosines = [], [], []
+    for name in (name for name in split.names if split.labels[name].sum() == 1):
+        there, (k,), photo = truth[name] > 0, split.present(name), split.image(name)
+        maps = [np.load(run / f"cams_{phase}/{name}.npy")[0] for phase in ("match", "refine")]
+        match, refine = (np.array(Image.fromarray(each.astype(np.float32)).resize(
+            photo.size, Image.BILINEAR)) for each in maps)
+        on.append([there.mean(), refine[there].sum() / refine.sum()])
+        changes.append([(refine - match)[each].mean() for each in (there, ~there)])
+        X = clip_view(clip, scaled_input(photo, 1, 1, 10 ** 6))
+        cosines.append(cosine(clip.encode_image(X), class_texts(clip, [split.words[k]])).item())
+    found = tables["share on the object, of pixels and of the CAM's mass"]
+    assert [found["pixels"], found["refine"]] == pytest.approx(np.mean(on, axis=0), abs=6e-4)
+    found = tables["refined minus matching CAM, on the object, beside it"]["all"]
+    assert found == pytest.approx(np.mean(changes, axis=0), abs=6e-4)
+    found = tables["growing, hard masks"]["kept, class text"]["2"]  # the whole photo
+    assert found == pytest.approx(np.mean(cosines), abs=6e-3)
+
+
+def blank(figure, path):
+    """In place of companion.save: to draw takes seconds"""
+    Image.new("L", (1, 1)).save(path)
+
+
+def test_page_and_pictures(run, toy, chain, tmp_path, capsys, monkeypatch):
     """All of a demo; then one's own photos, without masks, of a run that stopped after matching"""
     call("companion", "--run", run, "--figures", tmp_path / "figures")
     assert drawn(run) == {"strip.png", *companion.CAPTIONS}
     assert files_in(tmp_path / "figures").keys() == {"tables.json", *companion.CAPTIONS}
+    check_tables(run, json.loads((tmp_path / "figures/tables.json").read_text()), tmp_path)
+    monkeypatch.setattr(companion, "save", blank)
     mine = tmp_path / "mine"
     mine.mkdir()
     for file in ("classify.pt", "match.pt"):
@@ -115,7 +158,8 @@ def test_page_and_pictures(run, toy, chain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", ["no CAM changed", "every class", "no label"])
-def test_pictures_that_there_cannot_be_are_left_out(case, run, tmp_path):
+def test_pictures_that_there_cannot_be_are_left_out(case, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(companion, "save", blank)
     drawn_before = shutil.ignore_patterns("companion", "strip.png", "index.html", "cams")
     run, left_out = shutil.copytree(run, tmp_path / "run", ignore=drawn_before), {"5_removes.png"}
     if case == "no CAM changed":
@@ -185,6 +229,99 @@ def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
     assert "out: 60.0 minutes, all starts" in capsys.readouterr().out
     line = error_line(capsys, "demo", *flags, "--seed", 1)
     assert "demo.json: made with seed 0, now it is 1; pass the same" in line and len(line) < 200
+
+
+DEMO = """\
+{P}
+{F}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase match --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase prompts --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase refine --vit {V} {G}
+train_cam {T} {E} --phase export --checkpoint O/cam/classify.pt --cams O/cams_classify --split {R}
+eval --data O/data --split {R} --cams O/cams_classify --oracle-sweep --json O/classify.json
+train_cam {T} {E} --phase export --checkpoint O/cam/match.pt --cams O/cams_match --split {R}
+eval --data O/data --split {R} --cams O/cams_match --oracle-sweep --json O/match.json
+train_cam {T} {E} --phase export --checkpoint O/cam/refine.pt --cams O/cams_refine --split {L}
+eval --data O/data --split {R} --cams O/cams_refine --oracle-sweep --json O/refine.json
+make_pseudo --data O/data --split {L} --cams O/cams_refine --out O/masks_plain --crf none --resume
+make_pseudo --data O/data --split {L} --cams O/cams_refine --out O/masks --crf voc --resume
+train_seg {T} --split {L} --vit {V} --labels O/masks --out O/seg
+eval --data O/data --split {R} --pred O/masks_plain --json O/masks_plain.json
+eval --data O/data --split {R} --pred O/masks --json O/masks.json
+{S}
+companion --run O --split {R} --clip {C}"""
+TRUE = ("train_seg --data O/data --recipe toy --seed 7 --workers 0 --resume --vit O/vit.pth "
+        "--steps 9 --labels O/data/masks --out O/full")
+PARTS = {"E": "--clip {C} --out O/cam", "R": "train", "F": "train_cam {T} --split {L} --clip {C} "
+         "--out O/cam --phase classify --vit {V} {G}"}
+DEMOS = {  # flags: the rest of the command lines
+    '--seed 7 --steps 9 --generator resnet --world "--val 9"': dict(
+        P="toy --out O --seed 7 --resume --val 9",
+        T="--data O/data --recipe toy --seed 7 --workers 0 --resume", L="train", C="O/clip.pt",
+        V="O/vit.pth --steps 9", G="--generator resnet --resnet O/resnet.pth",
+        S="eval --data O/data --split val --checkpoint O/seg/seg.pt --json O/seg.json\n"
+          "eval --data O/data --split val --checkpoint O/full/seg.pt --json O/full.json"),
+    "--voc V --seed 7 --batch 2 --clip C --vit D": dict(
+        P="voc --voc V --out O/data --resume", T="--data O/data --recipe voc --seed 7 --resume",
+        L="train_aug", C="C", V="D --batch 2", G="",
+        S="eval --data O/data --split train --checkpoint O/seg/seg.pt --present-only --crf none "
+          "--json O/seg_train.json\n"
+          "eval --data O/data --split val --checkpoint O/seg/seg.pt --json O/seg.json"),
+    "--voc V --seed 7 --official W --photos 2 --only cams": dict(
+        P="voc --voc V --out O/data --resume", T="--data O/data --recipe voc --seed 7 --resume",
+        F="official --data O/data --split train-2 --cam W --out O/cam", L="train-2", R="train-2",
+        C="ViT-B/32", V="deit_small", G="", S="")}
+
+
+@pytest.mark.parametrize("flags, parts", DEMOS.items(), ids=["toy", "voc", "a trial"])
+def test_command_lines_of_a_demo(flags, parts, tmp_path, monkeypatch):
+    """All of them, in order; of the toy world also that of the upper bound, in its own process"""
+    told, others, process = [], [], Namespace(wait=lambda: 0)
+    monkeypatch.setattr(demo, "step", lambda title, path, *flags, unless=False: told.append(
+        " ".join([Path(path).stem, *" ".join(map(str, flags)).split()])))
+    monkeypatch.setattr(demo, "digest", lambda path: "a file that is not there")
+    monkeypatch.setattr(demo, "table", lambda *_: None)
+    monkeypatch.setattr(demo, "Split", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "the", "same"])
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda words, **_: (
+        others.append(words), process)[1])
+    (tmp_path / "O/data").mkdir(parents=True)
+    for name in ("train_aug", "train", "val"):
+        (tmp_path / f"O/data/{name}.csv").write_text("a\nb\nc\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["--out", "O", *shlex.split(flags)]
+    demo.stages(demo.parse_args(words))
+    parts, last = PARTS | parts, 11 if "--only" in words else None
+    expected = DEMO.format(**parts).format(**parts).splitlines()[:last]
+    assert told == [" ".join(line.split()) for line in expected]
+    assert not last or (tmp_path / "O/data/val-2.csv").read_text() == "a\nb\n"
+    told.clear()
+    if "--voc" in words:
+        assert not others
+        return
+    assert others == [[sys.executable, "demo.py", "the", "same", "--only", "full"]]
+    demo.stages(demo.parse_args([*words, "--only", "full"]))
+    assert told == [TRUE]
+    process.wait = lambda: 3
+    with pytest.raises(InputError, match="full.log: the run ended with exit code 3"):
+        demo.stages(demo.parse_args(words))
+
+
+@pytest.mark.parametrize("name, made", [
+    ("match", "cams_match/made_of.json"), ("masks", "masks/made_of.json"), ("seg", "seg/seg.pt"),
+    ("seg_train", "seg/seg.pt"), ("full", "full/seg.pt")])
+def test_a_stale_score_is_not_kept(name, made, tmp_path, monkeypatch):
+    """OUT/NAME.json is of what is there now, or is made again."""
+    kept, args = [], demo.parse_args(["--out", str(tmp_path)])
+    monkeypatch.setattr(demo, "step", lambda *_, unless=False: kept.append(unless))
+    for text in ("before", "after"):
+        (tmp_path / made).parent.mkdir(exist_ok=True)
+        (tmp_path / made).write_text(text)
+        demo.score(args, name, "val", "")
+        record = hashlib.sha256(b"before").hexdigest()
+        (tmp_path / f"{name}.json").write_text(json.dumps({"record": record}))
+        demo.score(args, name, "val", "")
+    assert kept == [False, True, False, False]
 
 
 @pytest.mark.parametrize("photos, flags, published", [
@@ -257,11 +394,13 @@ def test_words_are_prompts(toy, chain, cam, tmp_path, capsys):
     assert torch.allclose(state["prompts"]["u_b"], texts.mean(dim=0).expand(6, -1), atol=1e-6)
 
 
-def test_one_photo(toy, chain, tmp_path, capsys):
+def test_one_photo(toy, chain, tmp_path, capsys, monkeypatch):
     split, gif = Split(toy / "data", "train"), tmp_path / "one.gif"
     cow = split.classes.index("cow")
     photo = next(split.paths[name] for name in split.names if split.present(name).tolist() == [cow])
     flags = ["--clip", toy / "clip.pt", "--image", photo, "--steps", 5, "--out", gif, "--class"]
+    curves, draw = [], one_photo.draw
+    monkeypatch.setattr(one_photo, "draw", lambda *args: (curves.append(args[3]), draw(*args))[1])
     call("one_photo", *flags, "cow", "--prompts", chain / "cam/prompts.pt")
     assert f"{gif}: " in capsys.readouterr().out
     with Image.open(gif) as picture:
@@ -270,6 +409,11 @@ def test_one_photo(toy, chain, tmp_path, capsys):
     clip = load_clip(toy / "clip.pt")
     X = clip_view(clip, scaled_input(Image.open(photo), 1, 1, 10 ** 6))
     u_f, *words = class_texts(clip, ["cow", "grass", "sky"]).split(1)
+    learned = torch.load(chain / "cam/prompts.pt")["u_b"][cow]
+    half = clip.encode_image(X / 2)  # what the first mask keeps, and what it drops
+    assert {name: values[0].item() for name, values in curves[0].items()} == pytest.approx({
+        f"sim({region}, {text})": cosine(half, u)[0].item() for region in ("kept", "dropped")
+        for text, u in (("cow", u_f), ("prompt", learned))}, abs=1e-5)
     grass, sky = (one_photo.optimise(clip, X, u_f, u_b, 20) for u_b in words)    # (41, 1, R, R)
     assert torch.equal(grass[:21], sky[:21]) and (grass[0] == 0.5).all()  # matching needs no word
     kept = [clip.encode_image(M[None] * X) for M in (grass[20], grass[-1], sky[-1])]
@@ -295,16 +439,24 @@ def test_an_exercise_takes_a_new_folder(run, capsys):
 
 
 @pytest.mark.parametrize("what", ["clip", "step"])
-def test_benches_run(what, monkeypatch, capsys):
+def test_a_bench_shows_ours_theirs_and_their_ratio(what, monkeypatch, capsys):
     small = {"width": 64, "layers": 2}
     monkeypatch.setattr(bench, "ViT", partial(bench.ViT, grid=(4, 4), **small))
     monkeypatch.setattr(bench, "CLIP", partial(bench.CLIP, resolution=64, patch=16, text_width=64,
                                                text_layers=2, embed_dim=64, **small))
     monkeypatch.setattr(bench, "SIDE", 64)
     monkeypatch.setattr(bench, "CROP", 64)
-    monkeypatch.setattr(bench, "peak_of", lambda args, measure: 1.0)  # would start many processes
+    monkeypatch.setattr(bench, "peak_of", lambda args, measure: 1 + 3 * (measure[:4] != "ours"))
+    monkeypatch.setattr(bench, "seconds", lambda call: (call(), 0.003)[1])
+    monkeypatch.setattr(bench, "race", partial(bench.race, clock=lambda call: (call(), 0.006)[1]))
     call("bench", what, "--rounds", 1, "--batch", 2, "--device", "cpu")
-    assert "ratio" in capsys.readouterr().out
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    if what == "step":
+        cells = ["3", "6", "0.5", "1", "4", "0.25"]  # of ours, of theirs, ratio; twice
+        assert rows[1:] == [[phase, *cells] for phase in bench.STEPS]
+        return
+    assert all("relative error" in title and float(x) < 1e-5 for title, x in rows[:2])
+    assert [row[1:] for row in rows[3:]] == [["3", "6", "0.5"]] * 3 + [["1", "4"]]
 
 
 @pytest.mark.parametrize("what, flags, expected", [

@@ -239,8 +239,10 @@ def test_cams_of_unknown_origin_are_taken_as_they_are(ours, capsys):
 
 # ---- --resume keeps what was made of the same inputs ---------------------------------------------
 
-def stage(name, folder):
-    return [*STAGES[name].format(m=folder).split(), "--resume"]
+def stage(line, folder):
+    """A stage of STAGES, and more flags -> its command line"""
+    name, *flags = line.format(m=folder).split()
+    return [*STAGES[name].format(m=folder).split(), *flags, "--resume"]
 
 
 def add_one(file, *keys):
@@ -269,7 +271,23 @@ def other_prompts(m):
     add_one("cam/match.pt", "generator", "head.bias")(m)
 
 
+SEGMENTED = "masks --segments {m}/segments --out {m}/segmented"
+
+
+def other_segments(m):
+    """Of masks that have been made with them"""
+    split = Split(m / "data", "train")
+    for name in split.names:
+        write_labels(m / f"segments/{name}.png", np.ones(split.size(name), np.uint8))
+    call(*stage(SEGMENTED, m))
+    with (m / "segments/train_00001.png").open("ab") as file:
+        file.write(b" ")
+
+
 CHANGES = {  # what changes; the stage that refuses, the file and key that it names
+    "scales of the export": (lambda m: None, "cam --set scales=(1,0.5)",
+                             "cams: holds an earlier run made with scales"),
+    "segments": (other_segments, SEGMENTED, "segmented: holds an earlier run made with segments"),
     "match.pt": (other_prompts, "cam", "prompts.pt: made with match"),
     "words": (replace("data/classes.txt", "boat", "boat: X"), "cam", "match.pt: made with words"),
     "a photo": (other_photo, "cam", "classify.pt: made with photos"),

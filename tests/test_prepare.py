@@ -118,6 +118,7 @@ def test_a_test_photo_has_the_labels_of_its_own_xml(tmp_path, capsys):
     call("voc", "--voc", root)
     assert listed(root, "train") == {"a": ["cat"], "b": ["dog"]}
     assert listed(root, "test") == {"a": ["cat"], "x": ["cow"], "z": []}
+    assert listed(root, "train_xml") == {"b": ["dog"]}  # no photo of test
     assert "test.csv: 3 images, 1 without labels" in capsys.readouterr().out
     (root / "Annotations/a.xml").unlink()
     line = error_line(capsys, "voc", "--voc", root, "--out", tmp_path / "other")

@@ -324,6 +324,19 @@ def test_scores_of_the_segmenter_by_hand():
         torch.testing.assert_close(model(image)[0, :, i // 3, i % 3], expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_scores_are_enlarged_between_the_middles_of_patches():
+    """2 x 2 patches of 4 pixels, by hand"""
+    torch.manual_seed(0)
+    model, caught = Segmenter(ViT(4, 64, 1, (2, 2), eps=1e-5), 3).eval(), []
+    model.label_norm.register_forward_hook(lambda *args: caught.append(args[2]))
+    scores = model(torch.randn(1, 3, 8, 7))[0]  # 7 are padded to whole patches
+    second = torch.tensor([0, 0, 1, 3, 5, 7, 8, 8]) / 8  # share of the second of two patches
+    A = torch.stack([1 - second, second], dim=1)                                 # (8, 2)
+    small = caught[0][0].T.view(3, 2, 2)
+    torch.testing.assert_close(scores, (A @ small @ A.T)[:, :, :7], atol=1e-5, rtol=0)
+
+
 VOC_LIKE = ["--recipe", "voc", "--workers", 0, "--device", "cpu", "--steps", 3, "--set", "lr=0.5",
             "last_lr=0.1", "weight_decay=0.01", "side=64", "crop=48", "clip_start=9.",
             "clip_patch=12",  # small and fast, with clipping from the first step

@@ -63,6 +63,7 @@ def test_the_same_seed_makes_the_same_toy_world(tmp_path):
         toy_world.write_data(tmp_path / name, toy_world.USUAL, 6, 1, seed, 0.95)
     a, b, c = (files_in(tmp_path / name) for name in "abc")
     assert a == b and a != c and len(a) == 17  # 7 photos and masks; two lists and the classes
+    assert len({data for name, data in a.items() if name.endswith(".jpg")}) == 7  # no two alike
     split = Split(tmp_path / "a", "train")
     for name in split.names:
         shown = np.unique(read_labels(tmp_path / f"a/masks/{name}.png", (64, 64), 7))
