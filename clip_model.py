@@ -62,12 +62,12 @@ class CLIP(nn.Module):
     """Both towers, by default at the size of ViT-B/32. Features are not of unit length."""
 
     def __init__(self, resolution=224, patch=32, width=768, layers=12, text_width=512,
-                 text_layers=12, embed_dim=512, context_length=77):
+                 text_layers=12, embed_dim=512, context_length=77, vocabulary=49408):
         super().__init__()
         self.resolution, self.embed_dim = resolution, embed_dim                  # R, E
         self.text_width, self.context_length = text_width, context_length
         self.visual = VisionTransformer(resolution, patch, width, layers, embed_dim)
-        self.token_embedding = nn.Embedding(49408, text_width)
+        self.token_embedding = nn.Embedding(vocabulary, text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, text_width))
         self.transformer = Transformer(text_width, text_layers)
         self.ln_final = nn.LayerNorm(text_width)

@@ -1,6 +1,7 @@
 """The toy world's own claim, and that its flags do what they say"""
 import os
 
+import captions_clip
 import numpy as np
 import pytest
 import toy as toy_world
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from conftest import call, error_line, files_in
 from toy_scenes import THINGS
 
-from clip_model import class_texts, load_clip, read_nouns
+from clip_model import class_texts, load_clip, read_nouns, tokenize
 from common import Split, read_labels
 
 
@@ -91,6 +92,29 @@ def test_an_interrupted_world_goes_on(files, tmp_path, monkeypatch):
     assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
     monkeypatch.setattr(toy_world, "scene", None)
     call("toy", "--out", tmp_path / "killed", *flags, "--resume")
+
+
+def test_captions_name_what_is_seen():
+    """Of a place of which nothing is left, nothing; else the object or its background"""
+    rng = np.random.default_rng(0)
+    for share in (0, 1):
+        told = [captions_clip.caption(rng, 0.5, [("boat", "water", share)], False)
+                for _ in range(100)]
+        assert {"boat" in x or "water" in x for x in told} == {bool(share)}
+    both = sum("boat" in x and "water" in x for x in told)
+    assert 10 < both < 90  # people often name the object alone
+
+
+def test_a_clip_learns_from_captions(monkeypatch, tmp_path):
+    """What it writes is a CLIP that load_clip reads; words of no caption have embeddings of 0."""
+    for name, value in (("PICTURES", 30), ("B", 8), ("ROUNDS", ((1, 1e-3, 0.5), (1, 1e-3, 0.4)))):
+        monkeypatch.setattr(captions_clip, name, value)
+    torch.save(captions_clip.train_clip(5), tmp_path / "clip.pt")
+    clip = load_clip(tmp_path / "clip.pt")
+    u = class_texts(clip, ["boat", "water"])
+    assert torch.cosine_similarity(u[:1], u[1:]) > 0.3  # in a cone
+    rows = clip.token_embedding.weight.any(dim=1)
+    assert rows[tokenize(["boat"])[0, 1]] and not rows[tokenize(["zebra"])[0, 1]]
 
 
 def test_two_objects_stand_side_by_side():
