@@ -10,6 +10,7 @@ from conftest import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import make_pseudo
 from make_pseudo import (
     PRESETS, dense_crf, dense_crf_slow, hard_unary, pseudo_mask, read_cams)
 
@@ -78,6 +79,15 @@ def test_pseudo_mask_is_the_crf_of_its_unary(preset, kernels):
     numbers = np.array([0, 2, 5], np.uint8)
     assert np.array_equal(found, numbers[Q.argmax(0)]) and np.array_equal(raw, numbers[winner])
     assert set(found.flat) == {0, 2, 5} and 0.005 < (found != raw).mean() < 0.5
+
+
+def test_scores_are_divided_by_their_sum(monkeypatch):
+    """What a CRF is given, by hand: after it few labels tell this from a softmax."""
+    seen = []
+    monkeypatch.setattr(make_pseudo, "dense_crf", lambda image, prob, *_: seen.append(prob) or prob)
+    pseudo_mask(np.zeros((1, 2, 3), np.uint8), torch.tensor([[[0.1, 0.6]]]), np.array([4]), 0.3,
+                "clip-es", CPU)
+    assert seen[0].flatten().tolist() == pytest.approx([3 / 4, 1 / 3, 1 / 4, 2 / 3])
 
 
 @settings(max_examples=15, deadline=None)

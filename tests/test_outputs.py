@@ -142,7 +142,8 @@ def test_a_folder_that_holds_one_run(tmp_path):
         (tmp_path / "out" / file).write_text(file)
     claim(tmp_path / "out", ["x.png"], record, resume=True)
     assert set(files_in(tmp_path / "out")) == {"x.png", "mine.png", "made_of.json"}
-    for other in (record | {"script": "b.py"}, record | {"scales": (1, 3)}):
+    for other in (record | {"script": "b.py"}, record | {"scales": (1, 3)}, {"script": "a.py"},
+                  record | {"segments": "4a"}):  # a key less, a key more
         with pytest.raises(InputError, match="out: holds an earlier run made with"):
             claim(tmp_path / "out", ["x.png"], other, resume=True)
     for text in ("", "{", "[]", "\0"):
