@@ -6,6 +6,7 @@ import pickle
 import re
 
 import coco
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import call, error_line, files_in
 from foreign import foreign_cams
 from PIL import Image
 
+import make_pseudo
 from common import InputError, Split, read_record
 
 coco_mask = pytest.importorskip("pycocotools.mask")
@@ -225,6 +227,16 @@ def test_segments_of_every_format(data, tmp_path, monkeypatch, capsys):
          "--out", tmp_path / "masks", "--background-score", 0.4, "--crf", "none")
     labels = np.array(Image.open(tmp_path / "masks/a.png"))
     assert all(len(set(labels[expected == segment])) == 1 for segment in (1, 2, 3))
+
+
+def test_more_segments_than_a_byte_can_number(tmp_path):
+    """300 segments of one pixel, written and read again: 16 bits"""
+    masks = np.eye(300, dtype=bool).reshape(300, 15, 20)
+    np.savez(tmp_path / "a.npz", masks)
+    found = foreign.read_segments(tmp_path, "a", (15, 20))
+    assert found.ravel().tolist() == list(range(1, 301))
+    Image.fromarray(found).save(tmp_path / "a.png")
+    assert np.array_equal(make_pseudo.read_segments(tmp_path, "a", (15, 20)), found)
 
 
 @pytest.mark.parametrize("content, why", [
