@@ -14,7 +14,8 @@ from PIL import Image
 
 CAM = ("train_cam --data {w}/data --split few --clip {w}/clip.pt --vit {w}/vit.pth --resnet "
        "{w}/resnet.pth --out {w}/new " + " ".join(TINY) + " --phase ")
-PSEUDO = "make_pseudo --data {w}/data --split few --cams {w}/cams --out {w}/new --device cpu"
+PSEUDO = ("make_pseudo --data {w}/data --split few --cams {w}/cams --out {w}/new --device cpu "
+          "--workers 0")
 EVAL = "eval --data {w}/data --split few --device cpu "
 KINDS = {  # kind: the file, script and flags
     "photo": ("data/images/train_00001.jpg", PSEUDO),
