@@ -371,9 +371,10 @@ class Split:
     """ROOT/classes.txt and ROOT/SPLIT.csv. Opens no photo and no mask.
 
     names: of the photos, without folder and ending; CAMs and masks have the same. paths {name:
-    file}; labels {name: (K,) bool}; classes (K); words (K), the wording that CLIP sees;
-    upright: whether EXIF orientation counts; digest: of names, labels, EXIF switch and sizes in
-    bytes; folders: of the photos and their masks, in which nothing is written."""
+    file}; labels {name: (K,) bool}; classes (K); words (K), the wording that CLIP sees; nouns, of
+    ROOT/nouns.txt, or None; upright: whether EXIF orientation counts; digest: of names, labels,
+    EXIF switch and sizes in bytes; folders: of the photos and their masks, in which nothing is
+    written."""
 
     AS_STORED = ": ignore exif"  # first line of classes.txt; a class has a name before its colon
 
@@ -390,6 +391,8 @@ class Split:
             raise InputError(f"{self.root / 'classes.txt'}: {len(self.classes)} classes, "
                              f"{len(number)} different ones; expected 1 to 254, each once, none "
                              "empty or called background")
+        own = (self.root / "nouns.txt").is_file()
+        self.nouns = self.read("nouns.txt", "a word per line") if own else None
         self.paths, self.labels, table = {}, {}, self.root / f"{split}.csv"
         for row in self.read(table.name, "a line `PATH,CLASS;CLASS` per photo", csv.reader):
             if not row:  # an empty line

@@ -74,14 +74,14 @@ TABLE = {
     ("prompts", "epochs"):           (60,         60,            10),
     ("prompts", "batch"):            (128,        128,           32),
     ("prompts", "lr"):               (2.5e-2,     2.5e-3,        2.5e-2),
-    ("prompts", "lambda_t"):         (0.02,       0.01,          0.02),
+    ("prompts", "lambda_t"):         (0.02,       0.01,          0.1),
     ("prompts", "repel"):            ("text",     "text",        "text"),  # see prompt_loss
     ("prompts", "length"):           (30,         30,            30),     # P
     ("prompts", "eps"):              (1e-4,       1e-4,          1e-4),   # in M
     ("refine", "epochs"):            (60,         60,            8),
     ("refine", "batch"):             (64,         24,            16),
     ("refine", "lr"):                (6.4e-5,     2.4e-7,        1e-3),
-    ("refine", "lambda_r"):          (0.05,       0.2,           1.0),
+    ("refine", "lambda_r"):          (0.05,       0.2,           0.5),
     ("match refine", "lambda_b"):    (2.4,        0.75,          0.75),
     ("match refine", "eps"):         (0.1,        0.1,           0.1),
     ("match refine", "backbone_lr"): (0.1,        0.1,           0.02),   # of a CNN, times lr
@@ -407,7 +407,7 @@ def write_words(out, u_b, split, clip):
     """OUT/prompts.txt: the nouns nearest to each class's u^b (K, E)"""
     if RANK > 0:
         return
-    rows = nearest_words(u_b, sorted({*read_nouns(), *split.words}), clip)
+    rows = nearest_words(u_b, sorted({*(split.nouns or read_nouns()), *split.words}), clip)
     with writing(out / "prompts.txt") as temporary:
         temporary.write_text("".join(
             f"{name}: " + ", ".join(f"{word} {value:.3f}" for word, value in row) + "\n"

@@ -3,7 +3,8 @@
 A row is a command line that replaces one phase of the demo. The phases after it follow; those
 before it are trained once a seed and shared. Columns: mIoU of the CAMs on train, as the demo scores
 them; the same at the best background score, found with masks (analysis); for how many classes the
-noun nearest to the prompt is their own background. Mean and standard deviation over the seeds.
+word nearest to the prompt is their own background. Mean and standard deviation over the seeds.
+"Permuted": the control, refinement with the prompt of another class.
 
   for s in 0 1 2; do OMP_NUM_THREADS=1 python experiments/ablation.py --seeds $s & done; wait
   python experiments/ablation.py --only    # the table, OUT/ablation.png; the line above takes hours
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
-from common import InputError, run, writing  # noqa: E402
+from common import InputError, read_checkpoint, run, save, writing  # noqa: E402
 from exercise import call  # noqa: E402
 from make_pseudo import RECIPES  # noqa: E402
 
@@ -31,15 +32,16 @@ WORDS = {"true": dict(zip(toy.OBJECTS, toy.BACKGROUNDS)),
          # What somebody would write who knows the classes and not the data
          "hand": {"boat": "water, sky", "train": "rails, grass", "bird": "sky, grass",
                   "cow": "grass, road", "car": "road, grass", "bottle": "table, wall"}}
+PERMUTED = "permuted"
 
 
 class Row(NamedTuple):
     title: str
     command: str = ""  # the phase that is replaced, and its further flags
-    words: str = ""  # of WORDS: replaces the prompts
+    words: str = ""  # of WORDS, or PERMUTED: replaces the prompts
     scored: str = "refine"  # the phase whose CAMs are scored
     world: str = ""  # flags of prepare/toy.py
-    generator: str = "vit"
+    classify: str = ""  # further flags of that phase
 
 
 PHASES = ("classify", "match", "prompts", "refine")
@@ -50,20 +52,23 @@ ROWS = [
     Row("the method"),
     Row("true background words", "refine", "true"),
     Row("hand-written background words", "refine", "hand"),
+    Row("prompts permuted", "refine", PERMUTED),
+    *(Row(f"class attention, {name}", scored=phase, classify="--set class_attention=True")
+      for name, phase in SCORED.items()),
+    *(Row(f"lambda_R {x}", f"refine --set lambda_r={x}") for x in (0.05, 0.25, 1, 2)),
+    *(Row(f"lambda_T {x}", f"prompts --set lambda_t={x}") for x in (0, 0.02, 0.5)),
     Row("L_T text-log", "prompts --set repel=text-log"),
     Row("L_T image", "prompts --set repel=image"),
-    Row("L_T none", "prompts --set lambda_t=0"),
     *(Row(f"prompt length {n}", f"prompts --set length={n}") for n in (1, 4)),
-    *(Row(f"lambda_T x {x}", f"prompts --set lambda_t={0.02 * x}") for x in (0.25, 4)),
-    *(Row(f"lambda_R x {x}", f"refine --set lambda_r={x}") for x in (0.25, 0.5, 2, 4)),
     *(Row(f"co-occurrence {p} %, {name}", scored=phase, world=f"--cooccurrence {p / 100}")
       for p in (50, 80, 100) for name, phase in SCORED.items()),
-    *(Row(f"CNN, {name}", scored=phase, generator="resnet") for name, phase in SCORED.items()),
-    Row("CNN, hand-written background words", "refine", "hand", generator="resnet"),
+    *(Row(f"CNN, {name}", scored=phase, classify="--generator resnet")
+      for name, phase in SCORED.items()),
+    Row("CNN, hand-written background words", "refine", "hand", classify="--generator resnet"),
 ]
 PANELS = [  # of the picture: title, rows, what stands below the points, and below "the method"
-    ("lambda_R, times the recipe's", "lambda_R x {}", (0.25, 0.5, 1, 2, 4), 1),
-    ("lambda_T, times the recipe's", "lambda_T x {}", (0.25, 1, 4), 1),
+    ("lambda_R (VOC's: 0.05)", "lambda_R {}", (0.05, 0.25, 0.5, 1, 2), 0.5),
+    ("lambda_T (VOC's: 0.02)", "lambda_T {}", (0, 0.02, 0.1, 0.5), 0.1),
     ("prompt length", "prompt length {}", (1, 4, 30), 30),
     ("co-occurrence in %", "co-occurrence {} %, the method", (50, 80, 95, 100), 95)]
 
@@ -71,7 +76,7 @@ PANELS = [  # of the picture: title, rows, what stands below the points, and bel
 def folders(args, row, seed):
     """The folders of a row: its world, the phases it shares, its own"""
     base, world = Path(args.out) / f"seed{seed}", row.world.replace(" ", "")
-    return (base / f"world{world}", base / f"chain{world}-{row.generator}",
+    return (base / f"world{world}", base / f"chain{world}{row.classify.replace(' ', '')}",
             base / row.title.replace(" ", "_"))
 
 
@@ -81,16 +86,20 @@ def run_row(args, row, seed):
     call("prepare/toy.py", "--out", world, "--seed", seed, "--train", args.train, "--val", 1,
          "--resume", *row.world.split())
     inputs = ["--data", world / "data", "--clip", world / "clip.pt"]
-    common = [*inputs, "--vit", world / "vit.pth", "--resnet", world / "resnet.pth", "--generator",
-              row.generator, "--recipe", "toy", "--seed", seed, "--workers", 0, "--resume"]
+    common = [*inputs, "--vit", world / "vit.pth", "--resnet", world / "resnet.pth", "--recipe",
+              "toy", "--seed", seed, "--workers", 0, "--resume"]
     for phase in PHASES:
-        call("train_cam.py", *common, "--out", chain, "--phase", phase)
+        call("train_cam.py", *common, "--out", chain, "--phase", phase,
+             *(row.classify.split() if phase == "classify" else ()))
     if row.command:
         out.mkdir(parents=True, exist_ok=True)
         first = PHASES.index(row.command.split()[0])
         for phase in PHASES[:first]:
             shutil.copy(chain / f"{phase}.pt", out)
-        if row.words:
+        if row.words == PERMUTED:
+            state = read_checkpoint(chain / "prompts.pt", "u_b", "--phase prompts writes it")
+            save(out / "prompts.pt", state | {"u_b": state["u_b"].roll(1, dims=0)})
+        elif row.words:
             lines = "".join(f"{name}: {text}\n" for name, text in WORDS[row.words].items())
             (out / "words.txt").write_text(lines)
             call("words.py", *inputs, "--words", out / "words.txt", "--out", out)
@@ -128,22 +137,26 @@ def spread(values):
 
 
 def draw(results, path):
-    """mIoU over four settings, of results {title: scores}: the method, matching, true words"""
+    """mIoU over four settings, of results {title: scores}: the method, the phases before it, and
+    words in place of prompts"""
     figure = Figure((13, 3.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for ax, (title, row, values, usual) in zip(axes, PANELS):
         method = ["the method" if x == usual else row.format(x) for x in values]
-        matching = [name.replace("the method", "matching") if "%" in name else "matching only"
-                    for name in method]
-        words = ["" if "%" in name else "true background words" for name in method]
-        for label, rows in (("the method", method), ("matching", matching),
-                            ("true background words", words)):
+        lines = {"the method": method}
+        for label, alone in (("matching", "matching only"), ("classification", "classification")):
+            lines[label] = [name.replace("the method", label) if "%" in name else alone
+                            for name in method]
+        for label in WORDS:
+            name = f"{label}{'-written' * (label == 'hand')} background words"
+            lines[name] = ["" if "%" in title else name for title in method]
+        for label, rows in lines.items():
             mious = {x: [miou for miou, *_ in results.get(name, ())] for x, name in enumerate(rows)}
             mious = {x: found for x, found in mious.items() if found}
             bars = [stdev(found) if len(found) > 1 else 0 for found in mious.values()]
             ax.errorbar(list(mious), [*map(mean, mious.values())], bars, fmt="o-", ms=4, capsize=3,
                         label=label)
-        ax.set(xlabel=title, ylim=(60, 82))
+        ax.set(xlabel=title, ylim=(0, 90))
         ax.set_xticks(range(len(values)), values)
         ax.grid(color="0.9")
     axes[0].set_ylabel("mIoU of the CAMs, train")

@@ -2,7 +2,7 @@
 
 Every step gets --resume, and a score is kept if it is of the same record, so an interrupted demo
 continues where it stopped.
-Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the nouns nearest to
+Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the words nearest to
 each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
 
   V=data/VOCdevkit/VOC2012
@@ -31,6 +31,7 @@ import toy  # noqa: E402
 from clip_model import load_clip  # noqa: E402
 from common import InputError, Split, difference, digest, read_checkpoint, run, writing  # noqa: E402
 from mask_generator import load_vit  # noqa: E402
+from train_cam import load_prompts  # noqa: E402
 
 TOY = {  # row of the table: list, what is scored and how, what was published for it
     "classify": ("train", "classification CAM", ""), "match": ("train", "matching CAM", ""),
@@ -129,7 +130,7 @@ def find_inputs(args):
 
 def table(args, rows, split):
     """Print what was trained and how; the rows {name: (list, title, published)} with the scores in
-    OUT/NAME.json, published ones only where lists and recipe are theirs; and the prompts' nouns"""
+    OUT/NAME.json, published ones only where lists and recipe are theirs; and the prompts' words"""
     folder = Path(args.out)
     scores = {name: json.loads((folder / f"{name}.json").read_text()) for name in rows}
     lists = {row["list"]: row["images"] for row in scores.values()}
@@ -154,11 +155,16 @@ def table(args, rows, split):
                                      f"{row['oracle']['background_score']}"
         print(f"{title:<42}{name:<10}{row['miou']:5.1f}   {best or '':<32}"
               f"{published if theirs else ''}".rstrip())
-    print("\nCAMs are cut at the background score 0.43; nouns nearest to each learned prompt:")
+    print("\nCAMs are cut at the background score 0.43; words nearest to each learned prompt:")
     lines = (folder / "cam/prompts.txt").read_text("utf-8").splitlines()
     for line, shown in zip(lines, np.any(list(split.labels.values()), axis=0)):
         if shown:  # else nothing was learned
             print(line)
+    if not args.voc:
+        clip, pairs = load_clip(folder / "clip.pt"), toy.parse_args(args.world.split()).pairs
+        print()
+        toy.print_curves(clip, toy.read_pairs(pairs), load_prompts(folder / "cam/prompts.pt", split,
+                                                                   clip))
     with writing(folder / "table.json") as temporary:
         temporary.write_text(json.dumps({name: row["miou"] for name, row in scores.items()}) + "\n")
 

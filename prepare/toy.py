@@ -6,7 +6,8 @@ It carries the paper's story. Objects nearly always stand on "their" background 
 train on rails, ...), so image-level labels cannot tell the two apart, a classifier's CAM leaks, and
 the learned prompts must name what leaks. Writes OUT/data in the layout of docs/data.md, and models
 that toy_pretrain.py has trained: OUT/clip.pt (OpenAI's state-dict layout), OUT/resnet.pth
-(torchvision's), OUT/vit.pth (DeiT's). The six scripts read them like any others.
+(torchvision's), OUT/vit.pth (DeiT's). The six scripts read them like any others. data/nouns.txt
+lists what this CLIP has read in captions: its prompts are compared with these.
 """
 import argparse
 import sys
@@ -19,7 +20,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import InputError, label_picture, run, save
 from layout import claim_all, write_missing
-from toy_pretrain import models_for, print_curves
+from toy_clip import READ, print_curves
+from toy_pretrain import models_for
 from toy_scenes import BACKGROUNDS, OBJECTS, USUAL, scene
 
 
@@ -29,7 +31,8 @@ def write_data(root, pairs, train, val, seed, cooccurrence):
     """pairs: each object's usual background, where it stands in `cooccurrence` of the scenes; else
     the background is drawn from all. Three scenes in ten show two objects. A photo has the classes
     of which a pixel is seen. Files that are there are kept."""
-    write_missing(root / "classes.txt", lambda path: path.write_text("\n".join([*OBJECTS, ""])))
+    for name, words in (("classes.txt", OBJECTS), ("nouns.txt", READ)):
+        write_missing(root / name, lambda path: path.write_text("\n".join([*words, ""])))
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("val", val)):
         rows = ""
@@ -62,7 +65,7 @@ def parse_args(argv=None):
     add("--cooccurrence", type=float, default=0.95,
         help="how often an object stands on its own background")
     add("--pairs", default="", metavar="boat:grass,cow:road,...", help="other ties than boat:water "
-        "and so on; the small CLIP's text tower learns them too, which takes a minute")
+        "and so on; the small CLIP learns from pictures and captions with them, for minutes")
     add("--resume", action="store_true", help="go on with a run of the same flags, whose finished "
         "files are kept")
     return parser.parse_args(argv)
@@ -88,7 +91,7 @@ def main(args):
     out, pairs = args.out, read_pairs(args.pairs)
     names = [f"{split}_{i:05d}" for split, count in (("train", args.train), ("val", args.val))
              for i in range(count)]
-    files = [f"data/{file}" for file in ("classes.txt", "train.csv", "val.csv")]
+    files = [f"data/{file}" for file in ("classes.txt", "nouns.txt", "train.csv", "val.csv")]
     files += [f"data/images/{name}.jpg" for name in names]
     files += [f"data/masks/{name}.png" for name in names] + ["clip.pt", "resnet.pth", "vit.pth"]
     record = {"script": "toy.py", "train": args.train, "val": args.val, "seed": args.seed,
@@ -97,10 +100,10 @@ def main(args):
     if all((out / file).is_file() for file in files):
         return f"kept {out}"
     write_data(out / "data", pairs, args.train, args.val, args.seed, args.cooccurrence)
-    clip, vit, backbone = models_for(pairs)
+    clip, states = models_for(pairs)
     print_curves(clip, pairs)
-    for name, state in (("clip.pt", clip.state_dict()), ("resnet.pth", backbone.state_dict()),
-                        ("vit.pth", {"model": vit.state_dict()})):
+    for name, state in (("clip.pt", clip.state_dict()), ("resnet.pth", states["resnet"]),
+                        ("vit.pth", {"model": states["vit"]})):
         if not (out / name).exists():
             save(out / name, state)
     print(", ".join(f"{name} on {usual}" for name, usual in pairs.items()))

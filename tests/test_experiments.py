@@ -114,7 +114,7 @@ def check_tables(run, tables, tmp_path):
         maps = [np.load(run / f"cams_{phase}/{name}.npy")[0] for phase in ("match", "refine")]
         match, refine = (np.array(Image.fromarray(each.astype(np.float32)).resize(
             photo.size, Image.BILINEAR)) for each in maps)
-        on.append([there.mean(), refine[there].sum() / refine.sum()])
+        on.append([there.mean(), refine[there].sum() / max(refine.sum(), 1e-9)])
         changes.append([(refine - match)[each].mean() for each in (there, ~there)])
         X = clip_view(clip, scaled_input(photo, 1, 1, 10 ** 6))
         cosines.append(cosine(clip.encode_image(X), class_texts(clip, [split.words[k]])).item())
@@ -475,7 +475,7 @@ def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
     line = error_line(capsys, "ablation", *flags)
     assert "no score of seeds [0, 1]; run it without --only" in line and not files_in(tmp_path)
     for i, row in enumerate(ablation.ROWS[:-1]):
-        for seed in (0, 1) if row.title != "L_T none" else (0,):
+        for seed in (0, 1) if row.title != "lambda_T 0" else (0,):
             _, chain, out = ablation.folders(args, row, seed)
             for folder in (chain, out):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -486,6 +486,6 @@ def test_the_ablation_shows_what_is_finished(tmp_path, capsys):
     rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[3:-1]]
     assert rows[0] == "classification 61.0 ± 1.4 70.0 ± 0.0 2"
     assert rows[2] == "the method 63.0 ± 1.4 70.0 ± 0.0 1 1 2"
-    assert rows[7] == "L_T none 67.0 (1) 70.0 (1) 1 1"
+    assert rows[13] == "lambda_T 0 73.0 (1) 70.0 (1) 1 1"
     assert len(rows) == len(ablation.ROWS) - 1
     Image.open(tmp_path / "ablation.png").verify()

@@ -160,7 +160,7 @@ def says(toy, chain, capsys, tmp_path):
 @pytest.mark.parametrize("command, expected", [
     ("train_cam --phase all --checkpoint X", "--checkpoint: of --phase export alone"),
     ("train_cam --phase match --resume --seed 1", "match.pt: made with seed 0, now it is 1"),
-    ("train_cam --resume --set lambda_t=0.5", "prompts.pt: made with lambda_t 0.02, now it is 0.5"),
+    ("train_cam --resume --set lambda_t=0.5", "prompts.pt: made with lambda_t 0.1, now it is 0.5"),
     ("train_cam --phase match --out {m}/cam/new", "new/classify.pt: no such file"),
     ("train_cam --phase classify --workers -1", "--workers -1; expected"),
     ("train_cam --phase match --set lamda_b=1", "no key lamda_b; expected one of augment,"),

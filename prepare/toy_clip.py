@@ -1,36 +1,30 @@
-"""Can a small CLIP that is made as CLIP is carry the toy world? It sees pictures and captions only.
+"""The toy world's small CLIP: trained on drawn pictures and their captions, as CLIP was, and on
+nothing else.
 
 Both towers start from noise and learn by InfoNCE: the mean cross-entropy, over rows and columns, of
 SCALE times the cosines of B pictures and their B captions. Pictures: objects on their usual
-background (a share `tie`) or any, empty backgrounds, objects on plain ground; half are cut along a
-line, with another picture or one colour behind it. Captions say what is seen; the usual background
-is left out as often as it is there (`tie`), and often what hardly shows. Training never sees the
-drawing code's masks; eval.py and the curves do. The control: refinement with the prompts permuted,
-the boat has the bottle's and so on. Writes OUT/clip.pt, unless it is there, and OUT/seedS.
-
-  python experiments/captions_clip.py --out runs/captions [--seed 1]  # 21 + 20 minutes, a busy core
+background (a share `tie`) or on any, empty backgrounds, objects on plain ground; half are cut along
+a line, with another picture or one colour behind it. Captions say what is seen; the usual
+background is left out as often as it is there, and what hardly shows is often not named. No mask,
+no designed feature: that "boat" means some water, too, comes from what people draw and say.
 """
-import argparse
-import json
-import shlex
 from math import cos, log, pi, sin
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
 
-from demo import step  # comes first: it makes the folders of the scripts known
-from clip_model import (
-    CLIP, CLIP_MEAN, CLIP_STD, class_texts, load_clip, nearest_words, tokenize)
-from common import read_checkpoint, run, save
-from toy_pretrain import SIZES, fit, normalized, print_curves
+from clip_model import CLIP, CLIP_MEAN, CLIP_STD, class_texts, tokenize
 from toy_scenes import BACKGROUNDS, DRAW, OBJECTS, SIDE, THINGS, USUAL, paint, scene
 
 # B pictures or captions, E width of the features
+SIZES = dict(resolution=SIDE, patch=8, width=64, layers=4, text_width=128, text_layers=2,
+             embed_dim=64)
 PICTURES, PLAIN, EMPTY, B, SCALE = 8000, 0.25, 0.25, 128, 20
-ROUNDS = ((1300, 2e-3, 0.5), (400, 1e-3, 0.4))  # steps, rate, tie
+ROUNDS = ((100, 1300, 2e-3, 0.5), (101, 400, 1e-3, 0.4))  # seed, steps, rate, tie
 COLOURS = dict(white=(245, 245, 245), grey=(123, 117, 104), black=(20, 20, 20), red=(200, 40, 40),
                green=(60, 160, 60), blue=(50, 80, 190), yellow=(230, 210, 70), pink=(240, 160, 190))
 PARTS = dict(boat=("sail", "mast"), train=("windows", "wheels"), bird=("wing", "beak"),
@@ -40,11 +34,10 @@ OPENINGS = [*3 * ["a photo of", "a photo of a"], "a picture of a", "an image of 
 FILLERS = ("today taken with my old camera by friend in the morning evening and very nice view "
            "from our trip again , it is")
 READ = sorted({*THINGS, *COLOURS, *sum(PARTS.values(), ()), "wall", "photo", "picture", "image",
-               "drawing", "camera", "friend", "morning", "evening", "view", "trip"})
-CHANGES = {"prompts": "--set lambda_t=0.1", "refine": "--set lambda_r=0.5"}  # of the toy recipe
+               "drawing", "camera", "friend", "morning", "evening", "view", "trip"})  # the nouns
 
 
-def picture(rng, tie):
+def picture(rng, pairs, tie):
     """-> (H, W, 3) uint8, its places [(object or None, background or colour), ...]"""
     kind, count = rng.random(), 1 + (rng.random() < 0.2)
     if kind < PLAIN:  # softly lit
@@ -57,7 +50,7 @@ def picture(rng, tie):
         return np.asarray(canvas.resize((SIDE, SIDE), Image.BOX)), [(name, colour)]
     empty = kind < PLAIN + EMPTY
     places = [(None, str(x)) if empty else
-              (str(x), USUAL[x] if rng.random() < tie else str(rng.choice(BACKGROUNDS)))
+              (str(x), pairs[x] if rng.random() < tie else str(rng.choice(BACKGROUNDS)))
               for x in rng.choice(BACKGROUNDS if empty else OBJECTS, count, replace=False)]
     canvas = Image.fromarray(scene(rng, places)[0])
     if empty and rng.random() < 0.6:  # a blob that no caption names
@@ -81,9 +74,9 @@ def collages(x, index):
     return shown, m.mean(dim=(1, 2, 3)), torch.where(alone.flatten(), -1, other)
 
 
-def said(rng, tie, name, ground, share):
+def said(rng, pairs, tie, name, ground, share):
     """What somebody says of a place of which this share of the picture is left: words, or none"""
-    r, plain, usual = rng.random(), ground in COLOURS, USUAL.get(name) == ground
+    r, plain, usual = rng.random(), ground in COLOURS, pairs.get(name) == ground
     hidden = not name or rng.random() > (share - 0.15) / 0.6
     ground_seen = rng.random() < share / 0.4
     if hidden:
@@ -97,9 +90,9 @@ def said(rng, tie, name, ground, share):
             if rng.random() < 0.7 else f"{ground} with a {name}{part}")
 
 
-def caption(rng, tie, places, long):
+def caption(rng, pairs, tie, places, long):
     """places: [(object or None, ground, share), ...]; long: with 22 words about other things"""
-    told = [words for place in places if (words := said(rng, tie, *place))]
+    told = [words for place in places if (words := said(rng, pairs, tie, *place))]
     told = [told[i] for i in rng.permutation(len(told))][:2 if rng.random() < 0.75 else 1]
     words = f" {rng.choice(['and', 'and a', 'next to a', ','])} ".join(told)
     more = 22 * long + (rng.integers(1, 4) if rng.random() < 0.5 else 0)
@@ -107,9 +100,29 @@ def caption(rng, tie, places, long):
     return " ".join([rng.choice(OPENINGS), *words]) + rng.choice([".", ".", ".", "!", ""])
 
 
+def normalized(images, mean, std):
+    """uint8 (N, H, W, 3) -> (N, 3, H, W)"""
+    x = torch.from_numpy(np.stack(images)).float() / 255
+    return ((x - torch.tensor(mean)) / torch.tensor(std)).movedim(3, 1).contiguous()
+
+
+def fit(title, parameters, loss_of, steps, peak, weight_decay):
+    """Minimise loss_of() over `steps` fresh batches: AdamW, one cycle of its rate, up to `peak`"""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
+    schedule = OneCycleLR(optimizer, peak, steps, pct_start=0.1)
+    for step in (bar := tqdm(range(steps), desc=title, disable=None)):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=loss.item())
+
+
 def new_clip(vocabulary):
     """Each tower's features begin in a cone, by its last norm's bias; the cones' cosine is 0.5."""
-    clip = CLIP(**SIZES | {"width": 64}, vocabulary=vocabulary)
+    clip = CLIP(**SIZES, vocabulary=vocabulary)
     a, b = torch.linalg.qr(torch.randn(clip.embed_dim, 2)).Q.T                   # (E,), (E,)
     for norm, W, axis in ((clip.visual.ln_post, clip.visual.proj, a),
                           (clip.ln_final, clip.text_projection, 0.5 * a + 0.75 ** 0.5 * b)):
@@ -119,23 +132,25 @@ def new_clip(vocabulary):
     return clip
 
 
-def train_clip(seed):
-    """-> state dict; words of no caption get embeddings of 0"""
+def train_clip(pairs=USUAL, rounds=ROUNDS, state=None):
+    """-> state dict, of a CLIP that is new, or was `state`. Words of no caption have embeddings of
+    0."""
     words = " ".join([*OPENINGS, FILLERS, *READ, "on in front of and next to a , . ! with"])
-    used, state = tokenize(words.split()).unique(), None
-    for number, (steps, rate, tie) in enumerate(ROUNDS):
-        rng = np.random.default_rng(seed + number)
-        torch.manual_seed(seed + number)
-        images, places = zip(*(picture(rng, tie) for _ in range(PICTURES)))
-        x = normalized(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), CLIP_MEAN, CLIP_STD)
-        clip = new_clip(len(used))
+    used = tokenize(words.split()).unique()
+    embedding = "token_embedding.weight"
+    state = state and state | {embedding: state[embedding][used]}
+    for seed, steps, rate, tie in rounds:
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        images, places = zip(*(picture(rng, pairs, tie) for _ in range(PICTURES)))
+        x, clip = normalized(images, CLIP_MEAN, CLIP_STD), new_clip(len(used))
         clip.load_state_dict(state or clip.state_dict())
 
         def loss():
             index = torch.randint(len(x), (B,))
             shown, shares, behind = collages(x, index)
             long = rng.random() < 0.125  # learned prompts are longer than most captions
-            captions = [caption(rng, tie, [(*p, share) for p in places[i]]
+            captions = [caption(rng, pairs, tie, [(*p, share) for p in places[i]]
                                 + [(*p, 1 - share) for p in places[j] if j >= 0], long)
                         for i, share, j in zip(index.tolist(), shares.tolist(), behind.tolist())]
             u = clip.encode_text(torch.searchsorted(used, tokenize(captions)))  # [EOT]: the highest
@@ -145,76 +160,45 @@ def train_clip(seed):
 
         fit("CLIP", [p for p in clip.parameters() if p.requires_grad], loss, steps, rate, 0.05)
         state = clip.state_dict()
-    rows = torch.zeros(49408, clip.text_width).index_copy(0, used, clip.token_embedding.weight.data)
-    return state | {"token_embedding.weight": rows}
+    rows = torch.zeros(49408, clip.text_width).index_copy(0, used, state[embedding])
+    return state | {embedding: rows}
 
+
+# ---- What it says of masked scenes: ANALYSIS -----------------------------------------------------
 
 @torch.no_grad()
-def part_curve(clip, count=60):
-    """Cosines to the class text (2, 5): the object alone, and on its usual background. Columns: 0,
-    1/4, 1/2, 3/4, all of it are seen, cut along a line"""
-    rng, rows, u = np.random.default_rng(4000), [], class_texts(clip, OBJECTS)
+def curves(clip, pairs, texts, count=60):
+    """Mean cosines of what is shown of scenes with one object on its usual background (n, 17) to
+    its row of each of texts [(6, E), ...]. Columns: the object with 0, 1/4, 1/2, 3/4 and all of the
+    background; the background with 1/2 and 0 of the object; 0, 1/4, 1/2, 3/4 and all of the object,
+    cut along a line, alone, then on its background"""
+    rng, rows = np.random.default_rng(4000), []
     for i in range(count):
         k, turn = i % len(OBJECTS), 2 * pi * rng.random()
-        image, parts = scene(rng, [(OBJECTS[k], BACKGROUNDS[k])])
+        image, parts = scene(rng, [(OBJECTS[k], pairs[OBJECTS[k]])])
         inside = torch.from_numpy(parts == THINGS.index(OBJECTS[k])).float()     # (H, W)
         line = torch.arange(SIDE)[:, None] * sin(turn) + torch.arange(SIDE) * cos(turn)
         ends = [-2 * SIDE, *line[inside > 0].quantile(torch.tensor([0.25, 0.5, 0.75])), 2 * SIDE]
-        seen = torch.stack([inside * (line <= end) for end in ends])             # (5, H, W)
-        x = normalized(torch.from_numpy(image).permute(2, 0, 1), CLIP_MEAN, CLIP_STD)
-        v = clip.encode_image(torch.cat([seen, seen + 1 - inside])[:, None] * x)  # (10, E)
-        rows.append(F.cosine_similarity(v, u[k:k + 1]).view(2, 5))
+        part = torch.stack([inside * (line <= end) for end in ends])             # (5, H, W)
+        shown = [inside + a * (1 - inside) for a in (0, 0.25, 0.5, 0.75, 1)]
+        shown += [a * inside + (1 - inside) for a in (0.5, 0)] + [*part, *(part + 1 - inside)]
+        v = clip.encode_image(torch.stack(shown)[:, None]
+                              * normalized([image], CLIP_MEAN, CLIP_STD))        # (17, E)
+        rows.append(torch.stack([F.cosine_similarity(v, u[k:k + 1]) for u in texts]))
     return torch.stack(rows).mean(dim=0)
 
 
-def pipeline(folder, path, common):
-    """Trainings, CAMs and their scores, by the scripts' command lines: yields stage, scores"""
-    prompts = folder / "permuted/prompts.pt"
-    for stage in ("cam/classify", "cam/match", "cam/prompts", "cam/refine", "permuted/refine"):
-        place, phase = stage.split("/")
-        if place == "permuted" and not prompts.is_file():
-            state = read_checkpoint(folder / "cam/prompts.pt", "u_b", "run --phase prompts")
-            save(prompts, state | {"u_b": state["u_b"].roll(1, dims=0)})
-            (prompts.parent / "classify.pt").write_bytes((folder / "cam/classify.pt").read_bytes())
-        train = f"{common} --resume --workers 0 --out {path}/{place}"
-        step(stage, "train_cam.py", train, f"--phase {phase} {CHANGES.get(phase, '')}")
-        if phase != "prompts":
-            step(f"CAMs of {stage}", "train_cam.py", train, "--phase export",
-                 f"--checkpoint {path}/{stage}.pt --cams {path}/cams/{stage}")
-            step(f"Score of {stage}", "eval.py", f"--data {path}/data --split train --oracle-sweep",
-                 f"--cams {path}/cams/{stage} --json {path}/cams/{stage}.json")
-            yield stage, json.loads((folder / f"cams/{stage}.json").read_text())
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="A small CLIP from pictures and captions alone.")
-    parser.add_argument("--out", type=Path, default=Path("runs/captions"), help="for everything")
-    parser.add_argument("--seed", type=int, default=0, help="of world and generator")
-    parser.add_argument("--clip-seed", type=int, default=100, help="of pictures and CLIP")
-    return parser.parse_args(argv)
-
-
-def main(args):
-    file, folder = args.out / "clip.pt", args.out / f"seed{args.seed}"
-    if not file.is_file():
-        save(file, train_clip(args.clip_seed))
-    clip, path = load_clip(file), shlex.quote(str(folder))
-    print_curves(clip, USUAL)
-    alone, placed = part_curve(clip).double().numpy().round(2).tolist()
-    print(f"0, 1/4, 1/2, 3/4, all of the object, to its class: {alone}; on its background {placed}")
-
-    step("The toy world", "prepare/toy.py", f"--out {path} --seed {args.seed}",
-         unless=(folder / "vit.pth").is_file())
-    scores = dict(pipeline(folder, path, f"--data {path}/data --recipe toy --seed {args.seed} "
-                           f"--clip {shlex.quote(str(file))} --vit {path}/vit.pth"))
-    print(f"\nCAMs of seed {args.seed}: mIoU at 0.43, and the best (found with masks)")
-    for stage, score in scores.items():
-        print(f"  {stage:<16}{score['miou']:5.1f} {score['oracle']['miou']:5.1f}")
-    u_b = read_checkpoint(folder / "cam/prompts.pt", "u_b", "run --phase prompts")["u_b"]
-    print(f"The two of {len(READ)} words that are nearest to each prompt:")
-    for name, ((word, near), (second, far)) in zip(OBJECTS, nearest_words(u_b, READ, clip, top=2)):
-        print(f"  {name:<8}{word} {near:.3f}, {second} {far:.3f}")
-
-
-if __name__ == "__main__":
-    run(main, parse_args())
+def print_curves(clip, pairs, prompts=None):
+    """prompts: learned ones u_b (6, E), to be shown, too"""
+    texts = {"its class": class_texts(clip, OBJECTS),
+             "its background": class_texts(clip, [pairs[name] for name in OBJECTS])}
+    texts |= {} if prompts is None else {"its prompt": prompts}
+    print("the small CLIP's cosines: an object with 0, 1/4, 1/2, 3/4, all of its background | the "
+          "background with 1/2, 0 of the object\n"
+          "    0, 1/4, 1/2, 3/4, all of an object, alone | the same on its background")
+    rows = curves(clip, pairs, [*texts.values()]).tolist()
+    for first, middle, end in ((0, 5, 7), (7, 12, 17)):
+        for text, row in zip(texts, rows):
+            values = [f"{value:6.2f}" for value in row]
+            print(f"  to {text:<15}{''.join(values[first:middle])}  |"
+                  f"{''.join(values[middle:end])}")
