@@ -301,7 +301,8 @@ def preprocess(image, resolution):
 
 
 def read_nouns():
-    """About 1,500 common nouns, among them the classes of VOC and COCO and usual backgrounds"""
+    """About 1,500 common nouns, among them the classes of VOC and COCO and usual backgrounds. The
+    nouns.txt of a data set takes their place."""
     return (ROOT / "nouns.txt").read_text(encoding="utf-8").splitlines()
 
 

@@ -256,7 +256,7 @@ class CNNGenerator(nn.Module):
 class ResNet(resnet.ResNet):
     """torchvision's ResNet up to its last features: (B, 3, H, W) -> (B, width, H/patch, W/patch).
 
-    patch is 16: dilation takes the place of the last stage's stride. With a conv1 of 3 x 3, as
+    patch is 16: dilation takes the place of the stride of layer4. With a conv1 of 3 x 3, as
     ResNets for small images have it, patch is 4. Batch-norm statistics are frozen because batches
     are small."""
 

@@ -129,7 +129,7 @@ def prompt_loss(v_b, u_b, u_f, lambda_t, repel="text", v_f=None):
     "repel", without a formula. Three forms:
       text      mean -log(1 - c(sim(u^f, u^b)))   away from the class text (our inference)
       text-log  mean  log c(sim(u^f, u^b))        the same without a bound (the official code)
-      image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a published summary)"""
+      image     mean -log(1 - c(sim(v^f, u^b)))   away from the kept region (a third reading)"""
     L_I = pair_mean(-c(cosine(v_b, u_b)).log())
     if repel == "text":
         L_T = pair_mean(-(1 - c(cosine(u_f, u_b))).log())
@@ -286,8 +286,8 @@ def training(model, args, recipe, record, split, device):
 
 def cosine_rate(step, recipe):
     """The rate of step 0, 1, ..: up from first_lr in the warm-up (if the recipe has one), then on
-    half a cosine to last_lr (or 0). The cosine is counted from step 0, not from the end of the
-    warm-up. If it changes once an epoch, an epoch has the rate of the one before, as in DeiT."""
+    half a cosine to last_lr (or 0). The cosine counts from step 0, not from the end of the warm-up.
+    If the rate changes once an epoch, it is that of the start of the epoch before, as in DeiT."""
     steps, lr, last = recipe["steps"], recipe["lr"], recipe.get("last_lr", 0)
     if recipe["rate_changes"] == "epoch":
         epochs = recipe["epochs"]
@@ -329,7 +329,7 @@ class Crops(Dataset):
 # ---- Export --------------------------------------------------------------------------------------
 
 def export(args, recipe, record, split, device):
-    """Write the CAMs of refine.pt, or of --checkpoint."""
+    """Write the CAMs of refine.pt, or of --checkpoint: computed in float32, stored as float16."""
     S = load_generator(args.checkpoint, split).eval().to(device)
     claim(args.cams, [f"{name}.npy" for name in split.names], record, args.resume, split.folders)
     allow_tf32(False)
@@ -428,7 +428,7 @@ def parse_args(argv=None):
     add("--data", required=True, metavar="ROOT", help="folder with classes.txt and SPLIT.csv")
     add("--split", default="train", help="ROOT/SPLIT.csv: the photos to train on and to export")
     add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints, logs and CAMs")
-    add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
+    add("--recipe", choices=RECIPES, default="voc", help="hyper-parameters: a column of TABLE")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other values "
         "than the recipe's, in all phases that run and have the key: --set lambda_r=0.2 length=4")
     add("--steps", type=int, metavar="N", help="a trial: each phase's whole schedule in N steps "

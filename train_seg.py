@@ -210,7 +210,7 @@ def parse_args(argv=None):
     add("--labels", required=True, metavar="DIR", help="NAME.png: pseudo masks, or ROOT/masks")
     add("--vit", default="deit_small", metavar="NAME", help="ImageNet-pretrained DeiT: name, file")
     add("--out", required=True, type=Path, metavar="DIR", help="where seg.pt and seg.jsonl go")
-    add("--recipe", choices=RECIPES, default="voc", help="all hyper-parameters (TABLE)")
+    add("--recipe", choices=RECIPES, default="voc", help="hyper-parameters: a column of TABLE")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other values "
         "than the recipe's")
     add("--steps", type=int, metavar="N", help="a trial: the whole schedule in N steps (None: the "

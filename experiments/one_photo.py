@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add, group = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     add("--clip", default="ViT-B/32", help="a CLIP by name (default ViT-B/32), or a checkpoint")
     add("--image", required=True, help="a photo")
-    add("--class", dest="name", required=True, help="what the mask shall keep")
+    add("--class", dest="name", required=True, help="what the mask should keep")
     group.add_argument("--background", help="a word for what comes with it")
     group.add_argument("--prompts", help="or learned prompts, OUT/prompts.pt, for --class")
     add("--steps", type=int, default=100, help="of each loss (default 100)")

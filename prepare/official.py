@@ -92,13 +92,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Converts WeakTr's published checkpoints.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("--cam", metavar="FILE", help="a checkpoint of the CAM phase")
-    either.add_argument("--seg", metavar="FILE", help="a checkpoint of the segmentation")
+    either.add_argument("--cam", metavar="FILE", help="WeakTr's CAM checkpoint")
+    either.add_argument("--seg", metavar="FILE", help="its segmentation checkpoint")
     add("--data", required=True, metavar="ROOT", help="folder with classes.txt and SPLIT.csv")
     add("--split", default="train", help="ROOT/SPLIT.csv: any list of the data")
     add("--out", required=True, metavar="DIR", help="where classify.pt or seg.pt goes")
     add("--pool", choices=["max", "mean"], default="max", help="--cam: max for VOC, mean for COCO")
-    add("--recipe", choices=["voc", "coco"], default="voc", help="what later stages go by")
+    add("--recipe", choices=["voc", "coco"], default="voc", help="that of the stages that follow")
     return parser.parse_args(argv)
 
 
