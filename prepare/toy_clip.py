@@ -110,14 +110,11 @@ def fit(title, parameters, loss_of, steps, peak, weight_decay):
     """Minimise loss_of() over `steps` fresh batches: AdamW, one cycle of its rate, up to `peak`"""
     optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
     schedule = OneCycleLR(optimizer, peak, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), desc=title, disable=None)):
-        loss = loss_of()
+    for _ in tqdm(range(steps), desc=title, disable=None):
         optimizer.zero_grad()
-        loss.backward()
+        loss_of().backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=loss.item())
 
 
 def new_clip(vocabulary):
@@ -133,8 +130,7 @@ def new_clip(vocabulary):
 
 
 def train_clip(pairs=USUAL, rounds=ROUNDS, state=None):
-    """-> state dict, of a CLIP that is new, or was `state`. Words of no caption have embeddings of
-    0."""
+    """-> state dict, of a new CLIP, or of `state`. Embeddings of words of no caption are 0."""
     words = " ".join([*OPENINGS, FILLERS, *READ, "on in front of and next to a , . ! with"])
     used = tokenize(words.split()).unique()
     embedding = "token_embedding.weight"
@@ -168,10 +164,9 @@ def train_clip(pairs=USUAL, rounds=ROUNDS, state=None):
 
 @torch.no_grad()
 def curves(clip, pairs, texts, count=60):
-    """Mean cosines of what is shown of scenes with one object on its usual background (n, 17) to
-    its row of each of texts [(6, E), ...]. Columns: the object with 0, 1/4, 1/2, 3/4 and all of the
-    background; the background with 1/2 and 0 of the object; 0, 1/4, 1/2, 3/4 and all of the object,
-    cut along a line, alone, then on its background"""
+    """Mean cosines (n, 17) of masked scenes, one object on its usual background, to each of n texts
+    (6, E) of its class. Columns: the object with 0, 1/4, 1/2, 3/4, all of the background; that with
+    1/2, 0 of the object; 0 to all of the object, cut along a line, alone; then on its background"""
     rng, rows = np.random.default_rng(4000), []
     for i in range(count):
         k, turn = i % len(OBJECTS), 2 * pi * rng.random()
@@ -189,7 +184,6 @@ def curves(clip, pairs, texts, count=60):
 
 
 def print_curves(clip, pairs, prompts=None):
-    """prompts: learned ones u_b (6, E), to be shown, too"""
     texts = {"its class": class_texts(clip, OBJECTS),
              "its background": class_texts(clip, [pairs[name] for name in OBJECTS])}
     texts |= {} if prompts is None else {"its prompt": prompts}
@@ -199,6 +193,6 @@ def print_curves(clip, pairs, prompts=None):
     rows = curves(clip, pairs, [*texts.values()]).tolist()
     for first, middle, end in ((0, 5, 7), (7, 12, 17)):
         for text, row in zip(texts, rows):
-            values = [f"{value:6.2f}" for value in row]
-            print(f"  to {text:<15}{''.join(values[first:middle])}  |"
-                  f"{''.join(values[middle:end])}")
+            left, right = ("".join(f"{value:6.2f}" for value in part)
+                           for part in (row[first:middle], row[middle:end]))
+            print(f"  to {text:<15}{left}  |{right}")
