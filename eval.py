@@ -64,15 +64,15 @@ def iou(matrix):
     return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
 
 
-def sweep_matrices(maps, present, truth, num_labels):
-    """The confusion matrix at each background score of SWEEP, (S, C, C), of one histogram: over
-    truth, label of the highest map, and how many scores lie below that map. At those it wins; at
-    the others, one that it equals too, background does [eq. P1].
+def sweep_matrices(maps, present, truth, num_labels, sweep=SWEEP):
+    """The confusion matrix at each of the background scores, upwards, (S, C, C), of one histogram:
+    over truth, label of the highest map, and how many scores lie below that map. At those it wins;
+    at the others, one that it equals too, background does [eq. P1].
     maps: float32 (n, H, W) of the classes present (n,); truth: uint8 (H, W)"""
-    C, S = num_labels, len(SWEEP)
+    C, S = num_labels, len(sweep)
     top, winner = with_background(maps, 0).max(0)                                # (H, W)
     label = np.array([0, *(1 + present)])[winner.numpy()]
-    below = torch.bucketize(top, torch.tensor(SWEEP)).numpy()  # in float32, as score_labels does
+    below = torch.bucketize(top, torch.tensor(sweep)).numpy()  # in float32, as score_labels does
     cell = ((C * truth.astype(np.int64) + label) * (S + 1) + below)[truth != 255]
     counts = np.bincount(cell, minlength=C * C * (S + 1)).reshape(C, C, S + 1)
     won = counts.sum(axis=2, keepdims=True) - counts.cumsum(axis=2)[:, :, :S]    # (C, C, S)
@@ -293,7 +293,7 @@ def main(args):
             counts[0] += confusion_matrix(labels, truth, C)
         if scored and args.oracle_sweep:
             maps = read_cams(source, name, split.present(name), labels.shape)    # (n, H, W)
-            counts[1:] += sweep_matrices(maps, split.present(name), truth, C)
+            counts[1:] += sweep_matrices(maps, split.present(name), truth, C, SWEEP)
     counts = sum_over_processes(torch.from_numpy(counts).to(device)).cpu().numpy()
     end_processes()
     if RANK > 0:

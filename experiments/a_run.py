@@ -1,5 +1,5 @@
-"""A run of demo.py or of the README's command lines: what it holds, and what companion.py computes
-from it."""
+"""A run of demo.py or of the README's command lines: what it holds, and what companion.py and
+explore.py compute from it."""
 import json
 import sys
 from argparse import Namespace
@@ -22,53 +22,63 @@ PHASES = {"classify": "classification", "match": "matching", "refine": "refineme
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2)  # see growing_masks
 
 
-def open_run(args):
-    """-> Namespace
-    phases {phase: title} and generators {phase: S} of the phases that it has; recipe: of the last
-    texts {title: (K, E)}: of classes, prompts and, for ANALYSIS, each class's true background word
-    words: those true words, or None; true: the photos with a true mask, for ANALYSIS
+def find(folder, name):
+    """A file of a run, made by demo.py or by the README's command lines, or None"""
+    paths = folder / "cam" / name, folder / "seg" / name, folder / name
+    return next((path for path in paths if path.is_file()), None)
+
+
+def find_run(args):
+    """What needs no CLIP -> Namespace
+    phases {phase: title}, paths {phase: file} and generators {phase: S} of the phases that it has;
+    recipe: of the last
+    true: the photos with a true mask, for ANALYSIS
     cams {phase: folder}, as exported; files {name: path}: what else there is
-    chosen [(name, k)]: a photo of each of the first classes
-    has: the names of all that is there, for companion.SECTIONS"""
+    chosen [(name, k)]: a photo of each of the first classes"""
     folder, split = args.run, Split(args.data or args.run / "data", args.split)
-
-    def find(name):
-        paths = folder / "cam" / name, folder / "seg" / name, folder / name
-        return next((path for path in paths if path.is_file()), None)
-
-    phases = {phase: title for phase, title in PHASES.items() if find(f"{phase}.pt")}
-    if not phases:
+    paths = {phase: path for phase in PHASES if (path := find(folder, f"{phase}.pt"))}
+    if not paths:
         raise InputError(f"{folder}: no {', '.join(PHASES)}.pt; expected the --out of train_cam.py "
                          "or of demo.py; run make demo first")
-    clip = load_clip(args.clip or find("clip.pt") or "ViT-B/32")
-    texts, words = {"class text": class_texts(clip, split.words)}, None
-    if find("prompts.pt"):
-        texts["prompt"] = load_prompts(find("prompts.pt"), split, clip)
-    demo = json.loads(find("demo.json").read_text()) if find("demo.json") else {"voc": True}
-    if not demo.get("voc"):  # the toy world
-        pairs = toy.read_pairs(toy.parse_args(demo["world"].split()).pairs)
-        words = [pairs[name] for name in split.classes]
-        texts["true word"] = class_texts(clip, words)
-    paths = {phase: find(f"{phase}.pt") for phase in phases}
     generators = {phase: load_generator(path, split).eval() for phase, path in paths.items()}
     record = read_checkpoint([*paths.values()][-1], "record", "run make demo first")["record"]
-    exports = {phase: find(f"cams_{phase}/made_of.json") for phase in phases}
-    exports["refine"] = find("cams/made_of.json") or exports.get("refine")
-    cams = {phase: path.parent for phase, path in exports.items() if path}
+    exports = {phase: find(folder, f"cams_{phase}/made_of.json") for phase in paths}
+    exports["refine"] = find(folder, "cams/made_of.json") or exports.get("refine")
     names = {"pseudo masks": "masks/made_of.json", "seg": "seg.pt", "log": "prompts.jsonl"}
-    files = {key: find(name) for key, name in names.items() if find(name)}
-    true = [name for name in split.names if (split.root / f"masks/{name}.png").is_file()]
     photos = [[name for name in split.names if split.labels[name][k]]
               for k in range(len(split.classes))]
     chosen = [(min(shown, key=lambda name: split.labels[name].sum()), k)
               for k, shown in enumerate(photos) if shown]
-    has = {*phases, *texts, *files, *(f"cams of {phase}" for phase in cams)}
-    has |= {next(iter(generators.values())).kind, "labels" if chosen else "no labels"}
-    has |= {"true masks"} if true else set()
-    has |= {"true masks of one class" for name in true if split.labels[name].sum() == 1}
-    return Namespace(folder=folder, split=split, clip=clip, phases=phases, generators=generators,
-                     recipe=recipe_of("toy", "refine", {}) | record, texts=texts, words=words,
-                     true=true, cams=cams, files=files, chosen=chosen[:6], has=has)
+    return Namespace(
+        folder=folder, split=split, paths=paths, phases={phase: PHASES[phase] for phase in paths},
+        generators=generators, recipe=recipe_of("toy", "refine", {}) | record,
+        true=[name for name in split.names if (split.root / f"masks/{name}.png").is_file()],
+        cams={phase: path.parent for phase, path in exports.items() if path},
+        files={key: path for key, name in names.items() if (path := find(folder, name))},
+        chosen=chosen[:6])
+
+
+def open_run(args):
+    """The same, and -> Namespace
+    texts {title: (K, E)}: of classes, prompts and, for ANALYSIS, each class's true background word
+    words: those true words, or None
+    has: the names of all that is there, for companion.SECTIONS"""
+    r = find_run(args)
+    r.clip = load_clip(args.clip or find(r.folder, "clip.pt") or "ViT-B/32")
+    r.texts, r.words = {"class text": class_texts(r.clip, r.split.words)}, None
+    if path := find(r.folder, "prompts.pt"):
+        r.texts["prompt"] = load_prompts(path, r.split, r.clip)
+    path = find(r.folder, "demo.json")
+    demo = json.loads(path.read_text()) if path else {"voc": True}
+    if not demo.get("voc"):  # the toy world
+        pairs = toy.read_pairs(toy.parse_args(demo["world"].split()).pairs)
+        r.words = [pairs[name] for name in r.split.classes]
+        r.texts["true word"] = class_texts(r.clip, r.words)
+    r.has = {*r.phases, *r.texts, *r.files, *(f"cams of {phase}" for phase in r.cams)}
+    r.has |= {next(iter(r.generators.values())).kind, "labels" if r.chosen else "no labels"}
+    r.has |= {"true masks"} if r.true else set()
+    r.has |= {"true masks of one class" for name in r.true if r.split.labels[name].sum() == 1}
+    return r
 
 
 def with_one_class(r, names, count):
@@ -88,19 +98,23 @@ def forward(r, phase, name):
     return generator(scaled_input(r.split.image(name), 1, generator.backbone.patch, 2500))
 
 
-def cams_of(r, name, *phases):
+def cams_of(r, name, *phases, size=None):
     """The CAMs of each phase, of the export where there is one: a list of (n, H, W), of the photo's
-    size"""
-    photo, present, found = r.split.image(name), r.split.present(name), []
-    size = photo.size[::-1]
+    size or of another"""
+    size, found = size or r.split.size(name), []
     for phase in phases:
         if phase in r.cams:
-            found.append(read_cams(r.cams[phase], name, present, size))
+            found.append(read_cams(r.cams[phase], name, r.split.present(name), size))
         else:
-            maps = photo_cams(r.generators[phase], photo, torch.from_numpy(present),
-                              recipe_of("voc", "export", {})["scales"])
-            found.append(region_masks(maps, size, eps=1e-12)[:, 0])
+            found.append(cams_by(r, r.generators[phase], name, size))
     return found
+
+
+def cams_by(r, generator, name, size, scales=None):
+    """CAMs (n, H, W) that are not exported, as the export makes them; scales: by default VOC's"""
+    maps = photo_cams(generator, r.split.image(name), torch.from_numpy(r.split.present(name)),
+                      scales or recipe_of("voc", "export", {})["scales"])
+    return region_masks(maps, size, eps=1e-12)[:, 0]
 
 
 def labels_of(r, name, folder=None):

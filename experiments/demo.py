@@ -3,7 +3,7 @@
 Every step gets --resume, and a score is kept if it is of the same record, so an interrupted demo
 continues where it stopped.
 Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), the words nearest to
-each class's prompt, OUT/table.json, OUT/strip.png and OUT/index.html.
+each class's prompt, OUT/table.json, OUT/strip.png, OUT/index.html and OUT/explore.html.
 
   V=data/VOCdevkit/VOC2012
   python experiments/demo.py --out runs/toy                        # 10 to 15 minutes
@@ -102,13 +102,15 @@ def parse_args(argv=None):
         "train_aug is not used (None: all)")
     add("--steps", type=int, metavar="N", help="a trial: of every training (None: the recipe's)")
     add("--batch", type=int, help="of every training (None: the recipe's)")
+    add("--snapshots", type=int, metavar="N", help="keep the generator N times in each phase, for "
+        "explore.html's slider over training steps; 10 are enough (None: only the finished one)")
     return parser.parse_args(argv)
 
 
 def find_inputs(args):
     """Raises InputError unless all flags make sense, and all inputs are there or can be downloaded.
     Nothing is written in OUT."""
-    for key in ("photos", "steps", "batch"):
+    for key in ("photos", "steps", "batch", "snapshots"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise InputError(f"--{key} {getattr(args, key)}: expected a number above 0")
     for key in ("world", "generator") if args.voc else ("official", "photos", "clip", "vit"):
@@ -207,6 +209,7 @@ def stages(args):
         split, clip, vit = "train", f"{out}/clip.pt", f"--vit {out}/vit.pth{steps}"
         common = f"{data} --recipe toy --seed {args.seed} --workers 0 --resume"
         cnn = f"--generator {args.generator} --resnet {out}/resnet.pth"
+    shots = f"--snapshots {args.snapshots}" if args.snapshots else ""
     if args.photos:
         split = f"train-{args.photos}"
         rows = {name: (f"{row[0]}-{args.photos}", *row[1:]) for name, row in rows.items()}
@@ -229,7 +232,7 @@ def stages(args):
                  shlex.quote(args.official), f"--out {cam}")
         else:
             step(title, "train_cam.py", common, f"--split {split} --clip {clip} --out {cam}",
-                 f"--phase {phase}", vit, cnn)
+                 f"--phase {phase}", vit, cnn, shots if phase != "prompts" else "")
     for phase in ("classify", "match", "refine"):
         step(f"CAMs of {phase}.pt", "train_cam.py", common, f"--clip {clip} --out {cam}",
              f"--phase export --checkpoint {cam}/{phase}.pt --cams {out}/cams_{phase}",
@@ -260,8 +263,11 @@ def stages(args):
         score(args, name, *rows[name][:2])
     step("Pictures: every equation at work", "experiments/companion.py", f"--run {out}",
          f"--split {train} --clip {clip}")
+    step("A page where the background score moves", "experiments/explore.py", f"--run {out}",
+         f"--split {train}")
     table(args, rows, Split(folder / "data", split))
-    return f"; pictures: {args.out}/index.html, {args.out}/strip.png"
+    return (f"; pictures: {args.out}/index.html, {args.out}/strip.png; to move things: "
+            f"{args.out}/explore.html")
 
 
 if __name__ == "__main__":

@@ -234,9 +234,9 @@ def test_a_demo_goes_on_with_the_same_flags(voc, tmp_path, capsys, monkeypatch):
 DEMO = """\
 {P}
 {F}
-train_cam {T} --split {L} --clip {C} --out O/cam --phase match --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase match --vit {V} {G} {N}
 train_cam {T} --split {L} --clip {C} --out O/cam --phase prompts --vit {V} {G}
-train_cam {T} --split {L} --clip {C} --out O/cam --phase refine --vit {V} {G}
+train_cam {T} --split {L} --clip {C} --out O/cam --phase refine --vit {V} {G} {N}
 train_cam {T} {E} --phase export --checkpoint O/cam/classify.pt --cams O/cams_classify --split {R}
 eval --data O/data --split {R} --cams O/cams_classify --oracle-sweep --json O/classify.json
 train_cam {T} {E} --phase export --checkpoint O/cam/match.pt --cams O/cams_match --split {R}
@@ -249,13 +249,15 @@ train_seg {T} --split {L} --vit {V} --labels O/masks --out O/seg
 eval --data O/data --split {R} --pred O/masks_plain --json O/masks_plain.json
 eval --data O/data --split {R} --pred O/masks --json O/masks.json
 {S}
-companion --run O --split {R} --clip {C}"""
+companion --run O --split {R} --clip {C}
+explore --run O --split {R}"""
 TRUE = ("train_seg --data O/data --recipe toy --seed 7 --workers 0 --resume --vit O/vit.pth "
         "--steps 9 --labels O/data/masks --out O/full")
 PARTS = {"E": "--clip {C} --out O/cam", "R": "train", "F": "train_cam {T} --split {L} --clip {C} "
-         "--out O/cam --phase classify --vit {V} {G}"}
+         "--out O/cam --phase classify --vit {V} {G} {N}", "N": ""}
 DEMOS = {  # flags: the rest of the command lines
-    '--seed 7 --steps 9 --generator resnet --world "--val 9"': dict(
+    '--seed 7 --steps 9 --generator resnet --world "--val 9" --snapshots 3': dict(
+        N="--snapshots 3",
         P="toy --out O --seed 7 --resume --val 9",
         T="--data O/data --recipe toy --seed 7 --workers 0 --resume", L="train", C="O/clip.pt",
         V="O/vit.pth --steps 9", G="--generator resnet --resnet O/resnet.pth",
