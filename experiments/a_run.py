@@ -167,5 +167,5 @@ def ties(clip, pairs, words):
         t_o, t_b = (u[words.index(word)] for word in pair)                       # (E,) twice
         b = t_b / t_b.norm()
         along = t_o @ b
-        found[pair] = round((along / (t_o - along * b).norm()).item(), 2)
+        found[pair] = (along / (t_o - along * b).norm()).item()
     return found

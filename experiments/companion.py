@@ -188,7 +188,7 @@ def growing(r, out):
     if r.words and r.split.nouns:
         for pair, tie in ties(r.clip, dict(zip(r.split.classes, r.words)), r.split.nouns).items():
             real = {"real CLIP": REAL_TIES[pair]} if pair in REAL_TIES else {}
-            pairs[", ".join(pair)] = {"this CLIP": tie} | real
+            pairs[", ".join(pair)] = {"this CLIP": round(tie, 2)} | real
     x = "kept: 1 object, 2 photo"
     plot(out / "3_growing.png", {"cosines, hard masks": dict([*curves["hard masks"].items()][:-6])},
          4 * ["o-"], SHARES, x, "cosine", pairs)
@@ -324,7 +324,8 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem }}
 figure {{ margin: 2rem 0 }} img {{ max-width: 100%; height: auto }}
-td {{ padding: 0 1rem 0 0; vertical-align: top }} b {{ padding: 0 .6rem; margin: 0 .3rem 0 1rem }}
+td {{ padding: 0 1rem 0 0; vertical-align: top }} b {{ padding: 0 .6rem; margin-right: .3rem }}
+span {{ display: inline-block; margin-right: 1rem }}
 </style></head><body>
 <h1>SemPLeS, a run</h1>
 <p><a href="{}">docs/method.md</a> explains the pictures, on the toy world.</p>
@@ -348,7 +349,7 @@ def page(r):
     body = ["<table>", *(f"<tr><td>{a}</td><td>{b}</td></tr>" for a, b in cells), "</table>", "<p>"]
     for i, name in enumerate(["background", *r.split.classes]):
         colour = ",".join(map(str, PALETTE[3 * i:3 * i + 3]))
-        body.append(f'<b style="background: rgb({colour})"></b>{escape(name)}')
+        body.append(f'<span><b style="background: rgb({colour})"></b>{escape(name)}</span>')
     body.append("</p>")
     pictures = {"strip.png": "Photos, their CAMs, their masks|; truth (analysis)"}
     pictures |= {f"companion/{file}": text for file, text in CAPTIONS.items()}

@@ -221,14 +221,14 @@ def test_photos_that_refinement_changes_by_the_median(run, monkeypatch):
 
 def test_ties_of_class_texts(toy):
     """Along over across is the cotangent of the angle between the centred texts"""
-    words = ["boat", "water", "cow", "grass", "sky"]
+    words = ["boat", "water", "cow"]  # few, so that the ties are far from 0
     clip = load_clip(toy / "clip.pt")
-    found = companion.ties(clip, {"boat": "water", "cow": "grass"}, words)
+    found = companion.ties(clip, {"boat": "water", "cow": "boat"}, words)
     u = F.normalize(class_texts(clip, words), dim=1)
     u = F.normalize(u - u.mean(dim=0), dim=1)
-    for pair, (o, b) in {("boat", "water"): (0, 1), ("cow", "grass"): (2, 3)}.items():
+    for pair, (o, b) in {("boat", "water"): (0, 1), ("cow", "boat"): (2, 0)}.items():
         angle = torch.acos(u[o] @ u[b])
-        assert found[pair] == pytest.approx(1 / torch.tan(angle).item(), abs=0.006)
+        assert found[pair] == pytest.approx(1 / torch.tan(angle).item(), abs=1e-4)
 
 
 def test_ties_stand_beside_the_real_ones_on_the_toy_world(run, tmp_path, monkeypatch):
