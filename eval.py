@@ -26,8 +26,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common import (
-    IMAGENET_MEAN, IMAGENET_STD, RANK, WORLD, InputError, Split, check_classes, claim, digest,
-    end_processes, in_first_process, label_picture, load_photos, progress, read_labels, run,
+    IMAGENET_MEAN, IMAGENET_STD, PALETTE, RANK, WORLD, InputError, Split, check_classes, claim,
+    digest, end_processes, in_first_process, label_picture, load_photos, progress, read_labels, run,
     start_processes, sum_over_processes, write_labels, writing)
 from make_pseudo import (
     PRESETS, RECIPES, check_cams, check_score, dense_crf, read_cams, score_labels, with_background)
@@ -303,8 +303,10 @@ def main(args):
     details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in settings.items()
                       if value is not False)
     if not scored:
-        print(f"{args.save}: labels of {len(truths)} photos{details}, not scored: no masks; 0 "
-              "background, " + ", ".join(f"{i} {name}" for i, name in enumerate(split.classes, 1)))
+        names = (f"{i} {name} #{bytes(PALETTE[3 * i:3 * i + 3]).hex()}"
+                 for i, name in enumerate(["background", *split.classes]))
+        print(f"{args.save}: labels of {len(truths)} photos{details}, not scored: no masks; labels "
+              f"and their colours: {', '.join(names)}")
         return
     if not counts.any():
         raise InputError(f"{split.root}/masks: every pixel is 255 (ignore); expected some with a "

@@ -3,10 +3,12 @@ explore.py compute from it."""
 import json
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,11 +16,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 import toy  # noqa: E402
 from clip_model import class_texts, load_clip  # noqa: E402
 from common import InputError, Split, read_checkpoint, read_labels  # noqa: E402
+from demo import TOY, VOC  # noqa: E402
 from make_pseudo import read_cams  # noqa: E402
 from mask_generator import load_generator, photo_cams, scaled_input  # noqa: E402
 from train_cam import clip_view, load_prompts, recipe_of, region_masks  # noqa: E402
 
 PHASES = {"classify": "classification", "match": "matching", "refine": "refinement"}  # with CAMs
+# `ties` of the real CLIP (ViT-B/16) among the 171 names of COCO-Stuff, whose railroad and sea are
+# our rails and water; of the text features published with ZegCLIP
+REAL_TIES = {
+    ("boat", "water"): 0.29, ("train", "rails"): 1.08, ("bird", "sky"): 0.10,
+    ("cow", "grass"): 0.11, ("car", "road"): 0.31, ("bottle", "table"): 0.02}
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2)  # see growing_masks
 
 
@@ -31,37 +39,45 @@ def find(folder, name):
 def find_run(args):
     """What needs no CLIP -> Namespace
     phases {phase: title}, paths {phase: file} and generators {phase: S} of the phases that it has;
-    recipe: of the last
+    recipe: of the last; records {phase: record of its checkpoint}
     true: the photos with a true mask, for ANALYSIS
     cams {phase: folder}, as exported; files {name: path}: what else there is
-    chosen [(name, k)]: a photo of each of the first classes"""
+    scores {name: what eval.py wrote as RUN/NAME.json}
+    chosen [(name, k)]: a photo of each of the first six classes, each photo once"""
     folder, split = args.run, Split(args.data or args.run / "data", args.split)
     paths = {phase: path for phase in PHASES if (path := find(folder, f"{phase}.pt"))}
     if not paths:
         raise InputError(f"{folder}: no {', '.join(PHASES)}.pt; expected the --out of train_cam.py "
                          "or of demo.py; run make demo first")
-    generators = {phase: load_generator(path, split).eval() for phase, path in paths.items()}
-    record = read_checkpoint([*paths.values()][-1], "record", "run make demo first")["record"]
+    records = {phase: read_checkpoint(path, "record", "run make demo first")["record"]
+               for phase in ("classify", "match", "prompts", "refine", "seg")
+               if (path := find(folder, f"{phase}.pt"))}
+    scores = {name: json.loads(path.read_text()) for name in VOC | TOY
+              if (path := find(folder, f"{name}.json"))}
     exports = {phase: find(folder, f"cams_{phase}/made_of.json") for phase in paths}
     exports["refine"] = find(folder, "cams/made_of.json") or exports.get("refine")
     names = {"pseudo masks": "masks/made_of.json", "seg": "seg.pt", "log": "prompts.jsonl"}
-    photos = [[name for name in split.names if split.labels[name][k]]
-              for k in range(len(split.classes))]
-    chosen = [(min(shown, key=lambda name: split.labels[name].sum()), k)
-              for k, shown in enumerate(photos) if shown]
+    chosen = {}  # {name: k}
+    for k in range(len(split.classes)):
+        if shown := [name for name in split.names if split.labels[name][k] and name not in chosen]:
+            chosen[min(shown, key=lambda name: split.labels[name].sum())] = k
     return Namespace(
         folder=folder, split=split, paths=paths, phases={phase: PHASES[phase] for phase in paths},
-        generators=generators, recipe=recipe_of("toy", "refine", {}) | record,
+        generators={phase: load_generator(path, split).eval() for phase, path in paths.items()},
+        recipe=recipe_of("toy", "refine", {}) | records[[*paths][-1]], records=records,
+        scores={name: row for name, row in scores.items() if "miou" in row},
         true=[name for name in split.names if (split.root / f"masks/{name}.png").is_file()],
         cams={phase: path.parent for phase, path in exports.items() if path},
         files={key: path for key, name in names.items() if (path := find(folder, name))},
-        chosen=chosen[:6])
+        chosen=[*chosen.items()][:6])
 
 
 def open_run(args):
     """The same, and -> Namespace
     texts {title: (K, E)}: of classes, prompts and, for ANALYSIS, each class's true background word
     words: those true words, or None
+    chosen [(name, k)]: of the four classes that refinement changes most the photo of median change,
+    most first; without CAMs of both phases four of the six
     has: the names of all that is there, for companion.SECTIONS"""
     r = find_run(args)
     r.clip = load_clip(args.clip or find(r.folder, "clip.pt") or "ViT-B/32")
@@ -74,6 +90,10 @@ def open_run(args):
         pairs = toy.read_pairs(toy.parse_args(demo["world"].split()).pairs)
         r.words = [pairs[name] for name in r.split.classes]
         r.texts["true word"] = class_texts(r.clip, r.words)
+    r.chosen = r.chosen[:4]
+    if {"match", "refine"} <= r.cams.keys() and (found := changes(r)):
+        medians = [(*names[len(names) // 2], k) for k, names in found.items()]
+        r.chosen = [(name, k) for _, name, k in sorted(medians, reverse=True)[:4]]
     r.has = {*r.phases, *r.texts, *r.files, *(f"cams of {phase}" for phase in r.cams)}
     r.has |= {next(iter(r.generators.values())).kind, "labels" if r.chosen else "no labels"}
     r.has |= {"true masks"} if r.true else set()
@@ -129,20 +149,14 @@ def truth(r, name, k, size=None):
     return np.array(labels.resize(size or labels.size, Image.NEAREST)) == 1 + k
 
 
-@torch.no_grad()
-def parts_of(r, phase, name, k):
-    """Of S, for class k -> {"coarse", "A_c2p", "A_p2p", "fine": (h, w)}, and the patch where fine
-    is greatest, whose row A_p2p is"""
-    generator, caught = r.generators[phase], {}
-    hooks = [module.register_forward_hook(lambda module, _, result, key=key:
-                                          caught.update({key: result[0]}))
-             for key, module in (("coarse", generator.head), ("A", generator.fusion))]
-    fine = forward(r, phase, name)[0][0, k]                                      # (h, w)
-    for hook in hooks:
-        hook.remove()
-    patch, K, A = int(fine.argmax()), len(r.split.classes), caught["A"]          # A (T, T)
-    return {"coarse": caught["coarse"][k].relu(), "A_c2p": A[k, K:].view_as(fine),
-            "A_p2p": A[K + patch, K:].view_as(fine), "fine": fine}, patch
+def changes(r):
+    """{k: [(change, name), ...]}, sorted, of the first 300 photos with one class: the mean squared
+    difference of their CAMs after matching and refinement"""
+    found = defaultdict(list)
+    for name, k in with_one_class(r, r.split.names, 300):
+        before, after = cams_of(r, name, "match", "refine")                      # (1, H, W) twice
+        found[k].append(((after - before).square().mean().item(), name))
+    return {k: sorted(found[k]) for k in sorted(found)}
 
 
 def growing_masks(inside):
@@ -155,3 +169,17 @@ def growing_masks(inside):
     order = (inside + depth / depth.max()).flatten().argsort(descending=True, stable=True)
     kept = [min(share, 1) * pixels + max(share - 1, 0) * (R * R - pixels) for share in SHARES]
     return torch.stack([order.argsort().view(R, R) < count for count in kept]).float()[:, None]
+
+
+def ties(clip, pairs, words):
+    """How much of its background's direction an object's text has, less the mean of all words:
+    along that direction over across it. pairs {object: background}, all in words -> {pair: tie}"""
+    u = F.normalize(class_texts(clip, words), dim=1)
+    u = u - u.mean(dim=0)                                                        # (words, E)
+    found = {}
+    for pair in pairs.items():
+        t_o, t_b = (u[words.index(word)] for word in pair)                       # (E,) twice
+        b = t_b / t_b.norm()
+        along = t_o @ b
+        found[pair] = (along / (t_o - along * b).norm()).item()
+    return found

@@ -11,131 +11,97 @@ says ANALYSIS: nothing is chosen by it.
 """
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections import defaultdict
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from a_run import (  # noqa: E402
-    PHASES, SHARES, cams_of, forward, growing_masks, labels_of, open_run, parts_of, truth, view,
-    with_one_class)
-from clip_model import CLIP_MEAN, CLIP_STD  # noqa: E402
-from common import InputError, label_picture, read_record, run, writing  # noqa: E402
+    PHASES, REAL_TIES, SHARES, cams_of, changes, forward, growing_masks, labels_of, open_run, ties,
+    truth, view, with_one_class)
+from common import PALETTE, InputError, read_record, run, writing  # noqa: E402
+from demo import TOY, VOC  # noqa: E402
+from drawing import HEAT, SIGNED, as_picture, coloured, grid, heat, plot, scatter  # noqa: E402
 from eval import TEST, confusion_matrix, iou, predict_labels  # noqa: E402
 from make_pseudo import (  # noqa: E402
-    PRESETS, RECIPES, dense_crf, hard_unary, score_labels, with_background)
+    PRESETS, RECIPES, dense_crf, hard_unary, score_labels)
 from train_cam import (  # noqa: E402
     cosine, embed_masked, match_loss, recipe_of, refine_loss, region_masks)
 from train_seg import load_segmenter  # noqa: E402
 
-HEAT, SIGNED = colormaps["turbo"], colormaps["RdBu_r"]  # of values from 0 to 1
-
-
-# ---- Drawing -------------------------------------------------------------------------------------
-
-def save(figure, path):
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=100, bbox_inches="tight", metadata={"Software": None})
-
-
-def grid(path, rows, head, left=(), texts=(), bars=()):
-    """Rows of pictures (PIL, colours (H, W, 3), or values (H, W) from 0 to 1) -> a PNG of at most
-    about 800 pixels, none without rows. head: above the columns; left: beside the rows; texts: rows
-    of what stands below each picture; bars: (columns, (colours, lowest, highest value, label))"""
-    if not rows:
-        return
-    height, width = len(rows), max(map(len, rows))
-    figure = Figure((min(8, 1 + 1.35 * width), 2.5 * height), layout="compressed")
-    axes = figure.subplots(height, width, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for y, row in enumerate(rows):
-        for ax, picture in zip(axes[y], row):
-            ax.imshow(picture, HEAT, vmin=0, vmax=1)
-        for ax, text in zip(axes[y], texts[y] if texts else ()):
-            ax.set_xlabel(text, fontsize=11)
-    for ax, text in zip(axes[0], head):
-        ax.set_title(text, fontsize=12)
-    for ax, text in zip(axes[:, 0], left):
-        ax.set_ylabel(text, fontsize=11, rotation=0, ha="right", va="center", ma="left")
-    for columns, (colours, low, high, label) in bars:
-        figure.colorbar(ScalarMappable(Normalize(low, high), colours), ax=axes[:, columns],
-                        location="bottom", aspect=30, fraction=0.1 / height,
-                        pad=0.05 / height).set_label(label, fontsize=11)
-    save(figure, path)
-
-
-def plot(path, panels, xs, x, y):
-    """panels {title: {name: values at the first xs}} side by side, with the same axes -> a PNG"""
-    figure = Figure((2 + 3 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for ax, (title, curves) in zip(axes, panels.items()):
-        for name, ys in curves.items():
-            ax.plot(xs[:len(ys)], ys, "o-", ms=3, label=name)
-        ax.set(title=title, xlabel=x)
-        ax.grid(color="0.9")
-    axes[0].set_ylabel(y)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=1 + len(panels))
-    save(figure, path)
-
-
-def heat(photo, cams):
-    """A photo in grey under the strongest of its CAMs (n, H, W)"""
-    grey = np.asarray(photo.convert("L"))[..., None] / 255
-    return 0.35 * grey + 0.65 * HEAT(cams.amax(dim=0).numpy())[..., :3]
-
-
-def coloured(labels):
-    return label_picture(labels).convert("RGB")
-
-
-def as_picture(X):
-    """X (3, R, R) in CLIP's normalisation -> (R, R, 3) in [0, 1]"""
-    return (X.permute(1, 2, 0).numpy() * CLIP_STD + CLIP_MEAN).clip(0, 1)
-
-
-def means(rows):
-    return np.mean(rows, axis=0, dtype=float).round(3).tolist()
-
-
 # ---- The sections of docs/method.md --------------------------------------------------------------
+
+def on_and_beside(r):
+    """ANALYSIS: refined minus matching CAM, on the object and beside it, means of the first 100
+    photos with one class -> {"all", class: (on, beside)}"""
+    found = defaultdict(list)
+    for name, k in with_one_class(r, r.true, 100):
+        there, (before, after) = truth(r, name, k), cams_of(r, name, "match", "refine")
+        change = (after - before)[0].numpy()                                     # (H, W)
+        for kind in ("all", r.split.classes[k]):
+            found[kind].append([change[there].mean(), change[~there].mean()])
+    return {kind: np.mean(pairs, axis=0, dtype=float).round(3).tolist()
+            for kind, pairs in found.items()}
+
+
+def photo_miou(r, name, labels):
+    """ANALYSIS: mIoU of one photo in percent, over the classes in its labels or in the truth"""
+    matrix = confusion_matrix(labels, labels_of(r, name), 1 + len(r.split.classes))
+    return 100 * np.nanmean(iou(matrix))
+
 
 @torch.no_grad()
 def strip(r, out):
-    """1. A row per class: photo, CAM after each phase, pseudo mask, truth, as far as there are any;
-    beside it what the classifier says"""
+    """1. Photo, CAM after each phase, pseudo mask, truth, as far as there are any; above them the
+    mIoU of all photos"""
     rows, left, first = [], [], next(iter(r.phases))
-    labels = {"masks": "pseudo mask"} if "pseudo masks" in r.has else {}
+    labels = {"masks": "mask"} if "pseudo masks" in r.has else {}
     if all(name in r.true for name, _ in r.chosen):
         labels[None] = "truth"
-    for name, _ in r.chosen:
-        photo = r.split.image(name)
-        rows.append([photo, *(heat(photo, cams) for cams in cams_of(r, name, *r.phases)),
+    for name, k in r.chosen:
+        photo, at = r.split.image(name), r.split.present(name).tolist().index(k)
+        rows.append([photo, *(heat(photo, cams[[at]]) for cams in cams_of(r, name, *r.phases)),
                      *(coloured(labels_of(r, name, folder)) for folder in labels)])
-        logits = forward(r, first, name)[1]
-        p = torch.stack(list(logits.values())).mean(dim=0)[0].sigmoid()          # (K,)
-        left.append("\n".join(f"{r.split.classes[i]} {p[i]:.2f}"
-                              for i in p.argsort(descending=True)[:3].tolist()))
-    caption = f"CAM, over the photo. Left: the most probable classes after {r.phases[first]}"
-    grid(r.folder / "strip.png", rows, ("photo", *r.phases.values(), *labels.values()), left,
+        logits = torch.stack([*forward(r, first, name)[1].values()]).mean(dim=0)     # (1, K)
+        left.append(f"{r.split.classes[k]}\n{logits[0, k].sigmoid():.2f}")
+    columns = {"": "photo", **{phase: phase for phase in r.phases}, **labels}
+    head = [f"{title}\nmIoU {r.scores[key]['miou']:.1f}" if key in r.scores else title
+            for key, title in columns.items()]
+    caption = f"CAM of the class. Left: its probability after {r.phases[first]}"
+    grid(r.folder / "strip.png", rows, head, left,
          bars=[(slice(1, 1 + len(r.phases)), (HEAT, 0, 1, caption))])
 
 
+@torch.no_grad()
+def parts_of(r, phase, name, k):
+    """Of S, for class k -> {"coarse", "A_c2p" if S uses it, "A_p2p", "fine": (h, w)}, and the patch
+    where fine is greatest, whose row A_p2p is"""
+    generator, caught = r.generators[phase], {}
+    hooks = [module.register_forward_hook(lambda module, _, result, key=key:
+                                          caught.update({key: result[0]}))
+             for key, module in (("coarse", generator.head), ("A", generator.fusion))]
+    fine = forward(r, phase, name)[0][0, k]                                      # (h, w)
+    for hook in hooks:
+        hook.remove()
+    patch, K, A = int(fine.argmax()), len(r.split.classes), caught["A"]          # A (T, T)
+    maps = {"coarse": caught["coarse"][k].relu(), "A_c2p": A[k, K:].view_as(fine),
+            "A_p2p": A[K + patch, K:].view_as(fine), "fine": fine}
+    if not generator.options["class_attention"]:
+        del maps["A_c2p"]  # it is not used
+    return maps, patch
+
+
 def inside(r, out):
-    """1. The maps of S, and the patch with the highest fine value"""
+    """1. The maps of S, and the patch with the highest fine value; A_c2p only where S uses it"""
     (name, k), rows = r.chosen[0], []
     for phase in r.phases:
         maps, patch = parts_of(r, phase, name, k)
@@ -144,48 +110,44 @@ def inside(r, out):
         square = photo[8 * (patch // w):, 8 * (patch % w):][:8, :8]
         square[[0, 1, -2, -1]] = square[:, [0, 1, -2, -1]] = (255, 0, 0)
         rows.append([photo, *((m / m.max()).numpy() for m in maps.values())])
-    head = ("a patch", "coarse [W1]", "A_c2p [W2]", "A_p2p [W2]", "fine [W3]")
-    grid(out / "1_inside.png", rows, head, r.phases.values(),
-         bars=[(slice(1, 5), (HEAT, 0, 1, "share of each map's maximum"))])
+    grid(out / "1_inside.png", rows, ("a patch", *maps), [*r.phases],
+         bars=[(slice(1, None), (HEAT, 0, 1, "share of each map's maximum"))])
 
 
 def shares(r, out):
     """1, 5. ANALYSIS: how much of the photo, and of the CAM after each phase, lies on the object;
     refined minus matching CAM on the object and beside it"""
-    found, differences = [], defaultdict(list)
+    found = []
     for name, k in with_one_class(r, r.true, 100):
         there, cams = truth(r, name, k), [cam[0].numpy() for cam in cams_of(r, name, *PHASES)]
         found.append([there.mean(), *(cam[there].sum() / max(cam.sum(), 1e-9) for cam in cams)])
-        change = cams[2] - cams[1]
-        for kind in ("all", r.split.classes[k]):
-            differences[kind].append([change[there].mean(), change[~there].mean()])
     return {"share on the object, of pixels and of the CAM's mass":
-            dict(zip(("pixels", *PHASES), means(found))),
-            "refined minus matching CAM, on the object, beside it":
-            {kind: means(pairs) for kind, pairs in differences.items()}}
+            dict(zip(("pixels", *PHASES), np.mean(found, axis=0, dtype=float).round(3).tolist())),
+            "refined minus matching CAM, on the object, beside it": on_and_beside(r)}
 
 
 @torch.no_grad()
 def regions(r, out):
-    """2. What CLIP is shown"""
+    """2. What CLIP is shown, and its cosines to the class text and to the prompt"""
     (name, k), rows, texts = r.chosen[0], [], []
-    words = {"class text": r.split.classes[k], "true word": r.words and r.words[k]}
     X = view(r, name)                                                            # (1, 3, R, R)
     for phase in r.phases:
         cam, _ = forward(r, phase, name)
         M = region_masks(cam[:, k], X.shape[2:], r.recipe["eps"])               # (1, 1, R, R)
-        regions = X, M * X, (1 - M) * X
-        photo, kept, dropped = (as_picture(x[0]) for x in regions)
-        rows.append([photo, M[0, 0].numpy(), kept, dropped])
-        below = [[f"{words.get(text, text)} {cosine(r.clip.encode_image(x), u[k]).item():.2f}"
-                  for text, u in r.texts.items()] for x in regions]
-        texts.append(["\n".join(lines) for lines in (below[0], [], *below[1:])])
+        photo, *regions = X, M * X, (1 - M) * X
+        below = [[f"{text.split()[0]} {cosine(r.clip.encode_image(x), u[k]).item():.2f}"
+                  for text, u in r.texts.items() if text != "true word"] for x in (photo, *regions)]
+        if phase != "classify":  # these two tell: the kept region and the prompt
+            below[1][1:] = [rf"$\bf{{{text}}}$".replace(" ", r"\ ") for text in below[1][1:]]
+        texts.append(["\n".join(lines) for lines in (below[0][:2 * (not rows)], [], *below[1:])])
+        rows.append([None if rows else as_picture(X[0]), M[0, 0].numpy(),
+                     *(as_picture(x[0]) for x in regions)])
     grid(out / "2_regions.png", rows, ("$X$", "$M$", "$X^f = M X$", "$X^b = (1 - M) X$"),
-         r.phases.values(), texts, [(slice(1, 2), (HEAT, 0, 1, "mask"))])
+         [*r.phases], texts, bars=[(slice(1, 2), (HEAT, 0, 1, "mask"))])
 
 
 def judged(r, v_f, v_b, k):
-    """3. Cosines and five losses of a kept and a dropped region, features (1, E), for class k"""
+    """3. Cosines and losses of a kept and a dropped region, features (1, E), for class k"""
     own, voc = r.recipe, recipe_of("voc", "refine", {})
     u = {text: features[k] for text, features in r.texts.items()}
     values = {f"kept, {text}": cosine(v_f, u[text]) for text in u}
@@ -193,7 +155,7 @@ def judged(r, v_f, v_b, k):
                                  for weight in (0, own["lambda_b"], voc["lambda_b"]))
     L_refine = refine_loss(v_f, u["prompt"])
     values |= {"dropped, class text": cosine(v_b, u["class text"]), "first term": first,
-               "L_match": L_match, "L_refine": L_refine,
+               "second term": L_match - first, "L_match": L_match, "L_refine": L_refine,
                "L_total": L_match + own["lambda_r"] * L_refine,
                "L_total, VOC's weights": published + voc["lambda_r"] * L_refine}
     return {key: x.item() for key, x in values.items()}
@@ -218,14 +180,23 @@ def growing(r, out):
     curves = {kind: dict(zip(rows[0], np.mean(photos, axis=0).T)) for kind, photos in found.items()}
     shown = (0.25, 0.5, 1, 1.25, 1.5, 2)
     pictures = [[regions[x] for x in shown if x in regions] for regions in kept.values()]
-    grid(out / "3_masks.png", pictures, [f"kept: {x:g}" for x in shown], kept)
-    cosines = {"hard masks": dict([*curves["hard masks"].items()][:-5])}
-    losses = {kind: dict([*found.items()][-5:]) for kind, found in curves.items()}
-    for file, panels, y in (("3_growing.png", cosines, "cosine"), ("3_losses.png", losses, "loss")):
-        plot(out / file, panels, SHARES, "kept: 1 = the object, 2 = the whole photo", y)
-    at = [SHARES.index(share) for share in (0.5, 1, 1.5, 2)]
-    return {f"growing, {kind}": {key: {f"{SHARES[i]:g}": round(ys[i], 2) for i in at if i < len(ys)}
-                                 for key, ys in found.items()} for kind, found in curves.items()}
+    grid(out / "3_masks.png", pictures, [f"{x:g}" for x in shown],
+         [kind.replace(" ", "\n") for kind in kept])
+    losses = {kind: {key: ys - ys[SHARES.index(1)] for key, ys in [*found.items()][-6:]}
+              for kind, found in curves.items()}  # less their values at the border
+    pairs = {}
+    if r.words:
+        for pair, tie in ties(r.clip, dict(zip(r.split.classes, r.words)), r.split.nouns).items():
+            real = {"real CLIP": REAL_TIES[pair]} if pair in REAL_TIES else {}
+            pairs[", ".join(pair)] = {"this CLIP": round(tie, 2)} | real
+    x = "kept: 1 object, 2 photo"
+    plot(out / "3_growing.png", {"cosines, hard masks": dict([*curves["hard masks"].items()][:-6])},
+         4 * ["o-"], SHARES, x, "cosine", pairs)
+    plot(out / "3_losses.png", losses, ("C0:", "C9:", "C0o-", "C3o-", "C1o-", "C7--"), SHARES, x,
+         "loss, less that at 1")
+    return {f"growing, {kind}": {key: {f"{share:g}": round(y, 2) for share, y in zip(SHARES, ys)}
+                                 for key, ys in found.items()} for kind, found in curves.items()
+            } | {"ties of class texts": pairs}
 
 
 def prompts(r, out):
@@ -234,24 +205,25 @@ def prompts(r, out):
     curves = {key + what: [row[key] for row in rows]
               for key, what in (("sim(v_b, u_b)", ", in L_I"), ("sim(u_f, u_b)", ", in L_T"),
                                 ("sim(v_f, u_b)", ", in neither"))}
-    plot(out / "4_prompts.png", {"": curves}, [row["epoch"] for row in rows], "epoch", "cosine")
+    plot(out / "4_prompts.png", {"": curves}, ("-", "-", ":"), [row["epoch"] for row in rows],
+         "epoch", "cosine")
 
 
 def removes(r, out):
-    """5. For each class the photo, of the first 300 with one class, whose CAM refinement changes
-    most (mean squared difference)"""
-    most, shown = defaultdict(float), {}
-    for name, k in with_one_class(r, r.split.names, 300):
-        before, after = cams_of(r, name, "match", "refine")                      # (1, H, W) twice
-        change = (after - before).square().mean().item()
-        if change > most[k]:
-            photo, shade = r.split.image(name), 0.5 + (after - before)[0].numpy() / 0.6
-            most[k] = change
-            shown[k] = [photo, heat(photo, before), heat(photo, after), SIGNED(shade)]
-    rows = [shown[k] for k in sorted(shown)]
-    grid(out / "5_removes.png", rows, ("photo", "matching", "refinement", "difference"),
-         bars=[(slice(1, 3), (HEAT, 0, 1, "CAM, over the photo")),
-               (slice(3, 4), (SIGNED, -0.3, 0.3, "refined - matching"))])
+    """5. For each class the photo that refinement changes most; ANALYSIS: beside it what it does to
+    the CAM on the object and on the rest, means of the class"""
+    pairs = on_and_beside(r) if "true masks of one class" in r.has else {}
+    rows, left = [], []
+    for k, found in changes(r).items():
+        (change, name), title = found[-1], r.split.classes[k]
+        if change:
+            before, after = (cams[0] for cams in cams_of(r, name, "match", "refine"))    # (H, W)
+            photo, shade = r.split.image(name), 0.5 + (after - before).numpy() / 0.6
+            rows.append([photo, heat(photo, before[None]), heat(photo, after[None]), SIGNED(shade)])
+            left.append("\n".join([title, *(f"{where} {x:+.2f}" for where, x in
+                                            zip(("on", "rest"), pairs.get(title, ())))]))
+    grid(out / "5_removes.png", rows, ("photo", "match", "refine", "difference"), left,
+         bars=[(slice(1, 3), (HEAT, 0, 1, "CAM")), (slice(3, 4), (SIGNED, -0.3, 0.3, "change"))])
 
 
 def gains(r, out):
@@ -270,46 +242,60 @@ def gains(r, out):
 
 
 def crf(r, out):
-    """6. From CAM to mask"""
-    rows, preset, steps = [], PRESETS["voc"], (0, 1, 3, 10)
-    for name, _ in r.chosen[::2]:
-        present, photo = r.split.present(name), r.split.image(name)
-        photo.thumbnail((256, 256))  # a large photo takes long
-        cams = F.interpolate(cams_of(r, name, "refine")[0][None], size=photo.size[::-1],
-                             mode="bilinear")[0]
-        prob = hard_unary(with_background(cams, RECIPES["toy"][0]).argmax(0), 1 + len(present))
-        rows.append([photo])
-        for n in steps:
-            Q = dense_crf(torch.from_numpy(np.array(photo)), prob, preset["gaussian"],
-                          preset["bilateral"], iterations=n)
-            labels = np.array([0, *(1 + present)], np.uint8)[Q.argmax(0).numpy()]
-            rows[-1].append(coloured(labels))
-        if name in r.true:
-            rows[-1].append(coloured(labels_of(r, name)))
-    grid(out / "6_crf.png", rows, ("photo", *(f"{n} steps" for n in steps), "truth"))
+    """6. From CAM to mask, at the photo's size. ANALYSIS: the photo of median gain"""
+    name, preset, told = r.chosen[0][0], PRESETS["voc"], {}
+
+    def labels_before(name):
+        return score_labels(cams_of(r, name, "refine")[0], r.split.present(name), RECIPES["toy"][0])
+
+    if {"pseudo masks", "true masks"} <= r.has:
+        scores = [(photo_miou(r, name, labels_of(r, name, "masks")),
+                   photo_miou(r, name, labels_before(name)), name) for name in r.true[:100]]
+        scores.sort(key=lambda row: row[0] - row[1])
+        after, before, name = scores[len(scores) // 2]
+        told = {"mask better than the CAM's labels":
+                f"{sum(row[0] > row[1] for row in scores)} of {len(scores)} photos; median photo "
+                f"{before:.1f} to {after:.1f}"}
+    present, photo = r.split.present(name), r.split.image(name)
+    unary, shown = np.searchsorted([0, *(1 + present)], labels_before(name)), {}     # (H, W)
+    prob = hard_unary(torch.from_numpy(unary), 1 + len(present))
+    for n in (0, 1, 3, 10):
+        Q = dense_crf(torch.from_numpy(np.array(photo)), prob, preset["gaussian"],
+                      preset["bilateral"], iterations=n)
+        labels = np.array([0, *(1 + present)], np.uint8)[Q.argmax(0).numpy()]
+        shown["1 step" if n == 1 else f"{n} steps"] = labels
+    texts = len(shown) * [""]
+    if name in r.true:
+        texts = [f"mIoU {photo_miou(r, name, labels):.1f}" for labels in shown.values()]
+        shown["truth"] = labels_of(r, name)
+    grid(out / "6_crf.png", [[photo, *map(coloured, shown.values())]], ("photo", *shown),
+         texts=[["", *texts, ""]])
+    return told
 
 
 def model(r, out):
-    """7. Pseudo mask and prediction. ANALYSIS, on the toy world: of the first 24 photos, the three
-    where the model is better than its pseudo mask by most, and the worst; else the first four"""
+    """7. Pseudo mask and prediction of the first photos. ANALYSIS, with true masks: the mIoU of
+    each; the photos of the median gain and of the largest loss"""
     segmenter, recipe, side, _ = load_segmenter(r.files["seg"])
     test, rows = TEST[recipe] | {"side": side}, []
-    for name in r.split.names[:24 if r.words else 4]:
+    names = r.split.names[:24 if r.words else 4]
+    known = {*names} <= {*r.true}
+    for name in names:
         photo, labels = r.split.image(name), [labels_of(r, name, "masks")]
         labels.append(predict_labels(segmenter, photo, test, True, torch.device("cpu")))
-        if r.words:
-            labels.append(labels_of(r, name))
-        pseudo, predicted = ((x == labels[-1]).mean() for x in labels[:2])
-        rows.append((predicted - pseudo, [photo, *map(coloured, labels)],
-                     ["", f"{pseudo:.0%} right", f"{predicted:.0%} right"]))
-    better, texts = f"{sum(gain > 0 for gain, *_ in rows)} of {len(rows)}", ()
-    if r.words:
-        rows.sort(key=lambda row: -row[0])
-        rows = [*rows[:3], rows[-1]]
-        texts = [below for *_, below in rows]
-    grid(out / "7_model.png", [pictures for _, pictures, _ in rows],
-         ("photo", "pseudo mask", "prediction", "truth"), texts=texts)
-    return {"model better than its pseudo mask": better} if r.words else {}
+        scores = [photo_miou(r, name, each) for each in labels] if known else [0, 0]
+        labels += [labels_of(r, name)] if known else []
+        rows.append((scores, [photo, *map(coloured, labels)]))
+    if known:
+        scores = np.array([pair for pair, _ in rows])                            # (photos, 2)
+        rows.sort(key=lambda row: row[0][0] - row[0][1])
+        scatter(out / "7_photos.png", scores, "pseudo mask", "prediction")
+        rows = [rows[len(rows) // 2], rows[-1]]
+    texts = [["", *(f"mIoU {x:.1f}" for x in pair), ""] for pair, _ in rows] if known else ()
+    head = ["photo", "pseudo mask", "prediction", "truth"]
+    grid(out / "7_model.png", [row for _, row in rows], head[:3 + known], texts=texts)
+    return {"model better than its pseudo mask":
+            f"{(scores[:, 1] > scores[:, 0]).sum()} of {len(scores)}"} if known else {}
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -320,37 +306,61 @@ SECTIONS = {  # what draws: what it needs
     removes: {"cams of match", "cams of refine"},
     gains: {"true masks", "cams of match", "cams of refine"},
     crf: {"cams of refine", "labels"}, model: {"seg", "pseudo masks"}}
-CAPTIONS = {
-    "1_inside.png": "Inside S: coarse map, attention of class token and marked patch, fine map",
-    "2_regions.png": "Mask, kept and dropped region, cosines to texts; a true word is analysis",
+CAPTIONS = {  # file: what it shows | what else, where all photos have a true mask
+    "1_inside.png": "S inside: coarse map, attention of the marked patch, fine map",
+    "2_regions.png": "Mask, kept and dropped region, their cosines to class text and prompt",
     "3_masks.png": "A mask grows from the middle of the object (1: all) to the photo (2): analysis",
-    "3_growing.png": "Cosines of these masks, means of 24 photos (analysis)",
-    "3_losses.png": "The losses of these masks (analysis)",
+    "3_growing.png": "Cosines of such masks, means over photos (analysis)",
+    "3_losses.png": "Losses of such masks, less their values at the border (analysis)",
     "4_prompts.png": "Cosines during prompt learning, from its log",
-    "5_removes.png": "For each class the photo that refinement changes most; red is raised",
-    "6_crf.png": "The dense CRF after 0, 1, 3 and 10 steps; truth, if known (analysis)",
-    "7_model.png": "Pseudo mask and prediction; with truth, the three largest gains over the "
-                   "pseudo mask, then the largest loss (analysis)"}
+    "5_removes.png": "For each class the photo that refinement changes most; red is raised|. Left: "
+                     "the change on the object and beside it, means of the class (analysis)",
+    "6_crf.png": "The dense CRF|; truth (analysis)",
+    "7_photos.png": "mIoU of single photos (analysis)",
+    "7_model.png": "Pseudo mask and prediction|, on the photos of median gain and of the largest "
+                   "loss; truth (analysis)"}
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>SemPLeS</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 0 1rem }}
-figure {{ margin: 2rem 0 }} img {{ max-width: 100%; height: auto }}</style></head><body>
+figure {{ margin: 2rem 0 }} img {{ max-width: 100%; height: auto }}
+td {{ padding: 0 1rem 0 0; vertical-align: top }} b {{ padding: 0 .6rem; margin-right: .3rem }}
+span {{ display: inline-block; margin-right: 1rem }}
+</style></head><body>
 <h1>SemPLeS, a run</h1>
-<p>docs/method.md explains the pictures, on the toy world.</p>
+<p><a href="{}">docs/method.md</a> explains the pictures, on the toy world.</p>
 {}
 </body></html>
 """
 
 
 def page(r):
-    """RUN/index.html: plain HTML, pictures beside it, no scripts, nothing from the network"""
-    pictures = {"strip.png": "Photo; CAM after each phase; pseudo mask; truth (analysis)"}
+    """RUN/index.html: plain HTML, pictures beside it, no scripts, nothing from the network. First
+    the scores and settings of the run, and the colours of its classes."""
+    titles = {name: row[1] for name, row in (VOC | TOY).items()}
+    known = len(r.true) == len(r.split.names)
+    cells = [(titles[name], f"{row['miou']:.1f} % mIoU, {row['images']} photos of {row['list']}")
+             for name, row in r.scores.items()]
+    cells += [("photos", f"{len(r.split.names)} of {r.split.split}"),
+              ("S", r.generators[[*r.phases][0]].kind)]
+    cells += [(phase, ", ".join(f"{key} {x}" for key, x in record.items()
+                                if key != "phase" and not (isinstance(x, str) and len(x) == 64)))
+              for phase, record in r.records.items()]
+    body = ["<table>", *(f"<tr><td>{a}</td><td>{b}</td></tr>" for a, b in cells), "</table>", "<p>"]
+    for i, name in enumerate(["background", *r.split.classes]):
+        colour = ",".join(map(str, PALETTE[3 * i:3 * i + 3]))
+        body.append(f'<span><b style="background: rgb({colour})"></b>{escape(name)}</span>')
+    body.append("</p>")
+    pictures = {"strip.png": "Photos, their CAMs, their masks|; truth (analysis)"}
     pictures |= {f"companion/{file}": text for file, text in CAPTIONS.items()}
-    body = [f'<figure><img src="{file}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-            for file, text in pictures.items() if (r.folder / file).is_file()]
+    for file, text in pictures.items():
+        if (r.folder / file).is_file():
+            text = text.replace("|", "") if known else text.partition("|")[0]
+            body.append(f'<figure><img src="{file}" alt="{text}"><figcaption>{text}</figcaption>'
+                        "</figure>")
+    guide = os.path.relpath(ROOT / "docs/method.md", r.folder).replace(os.sep, "/")
     with writing(r.folder / "index.html") as temporary:
-        temporary.write_text(PAGE.format("\n".join(body)), encoding="utf-8")
+        temporary.write_text(PAGE.format(guide, "\n".join(body)), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """One photo, one mask, no generator: why matching leaks, and what refinement does about it.
 
 The mask is a coarse grid of logits, up-sampled. It minimises L_match [eq. 1], then L_total [eq. 3]
-with a background word, or a prompt of train_cam.py, weighted as on the toy world. Reads no mask.
+with a background word, or a prompt of train_cam.py. Reads no mask. Writes OUT.gif, the mask after
+each fifth step, and OUT.png, three states of it on paper.
 
-  python experiments/one_photo.py --clip runs/toy/clip.pt --class bird --background sky \
-      --image runs/toy/data/images/train_00038.jpg
+  python experiments/one_photo.py --clip runs/toy/clip.pt --class boat --background water \
+      --image runs/toy/data/images/train_00144.jpg
   python experiments/one_photo.py --image mine.jpg --class dog --background grass    # real CLIP
 """
 import argparse
@@ -20,7 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import class_texts, load_clip
 from common import InputError, read_checkpoint, read_image, run, writing
-from companion import HEAT, as_picture
+from drawing import FONT, HEAT, as_picture, grid
 from mask_generator import scaled_input
 from train_cam import clip_view, cosine, match_loss, refine_loss
 
@@ -56,18 +57,25 @@ def optimise(clip, X, u_f, u_b, steps):
 
 def draw(X, masks, n, cosines):
     """X (3, R, R), masks (N, 1, R, R), cosines {name: (N,)} -> the picture of step n"""
-    figure = Figure((7, 5.6), layout="constrained")
-    axes = figure.subplot_mosaic([["photo", "mask", "kept region"], 3 * ["cosines"]])
+    figure, half = Figure((7, 6), layout="constrained"), len(masks) // 2
+    axes = figure.subplot_mosaic([["photo", "mask", "kept"], 3 * ["cosines"]])
     for name, x in (("photo", as_picture(X)), ("mask", masks[n, 0].numpy()),
-                    ("kept region", as_picture(masks[n] * X))):
+                    ("kept", as_picture(masks[n] * X))):
         axes[name].imshow(x, HEAT, vmin=0, vmax=1)
-        axes[name].set(title=name, xticks=[], yticks=[])
-    for (name, values), style in zip(cosines.items(), ("C0-", "C0:", "C1-", "C1:")):
-        axes["cosines"].plot(values, style, label=name)
-    axes["cosines"].axvline(len(masks) // 2, color="grey", label="refinement begins")
-    axes["cosines"].axvline(n, color="black", label="this picture")
-    axes["cosines"].set(xlabel="step", ylabel="cosine")
-    figure.legend(loc="outside lower center", ncols=3)
+        axes[name].set(xticks=[], yticks=[])
+        axes[name].set_title(name, fontsize=FONT)
+    ax = axes["cosines"]
+    for name, ys in cosines.items():
+        ax.plot(ys[:n + 1], lw=3, label=name)
+    ax.axvline(half, color="grey")
+    low, high = (end(torch.stack([*cosines.values()])).item() for end in (torch.min, torch.max))
+    ax.set(xlim=(0, 2 * half), ylim=(low - 0.02, high + 0.15 * (high - low)))
+    for x, loss in ((0.5, "L_match"), (1.5, "L_match + L_refine")):
+        ax.text(x * half, high + 0.05 * (high - low), loss, ha="center", fontsize=FONT,
+                color="black" if (n <= half) == (x < 1) else "0.8")
+    ax.set_xlabel("step", fontsize=FONT)
+    ax.set_ylabel("cosine", fontsize=FONT)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=FONT - 3)
     figure.savefig(png := BytesIO(), dpi=100)
     return Image.open(png).convert("RGB")
 
@@ -83,7 +91,7 @@ def parse_args(argv=None):
     group.add_argument("--background", help="a word for what comes with it")
     group.add_argument("--prompts", help="or learned prompts, OUT/prompts.pt, for --class")
     add("--steps", type=int, default=100, help="of each loss (default 100)")
-    add("--out", default="one_photo.gif", help="the GIF (default one_photo.gif)")
+    add("--out", default="one_photo", help="OUT.gif and OUT.png (default one_photo)")
     return parser.parse_args(argv)
 
 
@@ -98,18 +106,25 @@ def main(args):
                              + ", ".join(state["classes"]))
         u_b = state["u_b"][state["classes"].index(args.name)][None]              # (1, E)
     masks = optimise(clip, X, u_f, u_b, args.steps)                              # (n, 1, R, R)
-    cosines = {}
-    for region, x in (("kept", masks * X), ("dropped", (1 - masks) * X)):
-        v = clip.encode_image(x)                                                 # (n, E)
-        for text, u in ((args.name, u_f), (args.background or "prompt", u_b)):
-            cosines[f"sim({region}, {text})"] = cosine(v, u)
+    v_f, v_b = (clip.encode_image(x) for x in (masks * X, (1 - masks) * X))      # (n, E) twice
+    word = args.background or "prompt"
+    cosines = {f"kept, {args.name}": cosine(v_f, u_f), f"dropped, {args.name}": cosine(v_b, u_f),
+               f"kept, {word}": cosine(v_f, u_b)}  # those in the losses
+
     frames = [draw(X[0], masks, n, cosines) for n in range(0, len(masks), 5)]
     palette = frames[len(frames) // 2].quantize(255)  # one for all: what stays takes no space
     first, *others = [frame.quantize(palette=palette, dither=0) for frame in frames]
-    with writing(args.out) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=others, loop=0,
-                   duration=[100] * len(others) + [3000])
-    return f"{args.out}: the mask after each fifth step, {len(frames)} pictures"
+    duration = len(frames) * [100]
+    duration[args.steps // 5] = duration[-1] = 2000  # rests: refinement begins, the end
+    with writing(f"{args.out}.gif") as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=others, loop=0, duration=duration)
+    states = [0, args.steps, len(masks) - 1]
+    grid(Path(f"{args.out}.png"), [[masks[n, 0].numpy() for n in states],
+                                   [as_picture(masks[n] * X[0]) for n in states]],
+         ("start", "after L_match", "after L_match\n+ L_refine"), ("mask", "kept"),
+         [3 * [""], [f"{args.name} {cosines[f'kept, {args.name}'][n]:.2f}, "
+                     f"{word} {cosines[f'kept, {word}'][n]:.2f}" for n in states]])
+    return f"{args.out}.gif: the mask after each fifth step; {args.out}.png: three states of it"
 
 
 if __name__ == "__main__":

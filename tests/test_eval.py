@@ -289,6 +289,7 @@ def test_a_split_without_masks_is_predicted_not_scored(segmenter, pets, tmp_path
     call("eval", *flags, "--save", tmp_path / "saved")
     printed, split = capsys.readouterr().out, Split(pets, "train")
     assert "not scored" in printed and "present only True" in printed and "mIoU" not in printed
+    assert "colours: 0 background #000000, 1 cat #800000, 2 dog #008000" in printed  # VOC's
     for name in split.names:
         shown = {0, *(1 + np.flatnonzero(split.labels[name])).tolist()}
         check_label_png(tmp_path / f"saved/{name}.png", (12, 8), shown)
