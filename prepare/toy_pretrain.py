@@ -1,6 +1,6 @@
 """The weights of the toy world's models, toy_weights.npz, and how the ViT and the ResNet learned.
 
-  python prepare/toy_pretrain.py clip vit resnet    # all again: 21, 25 and 10 minutes, a busy core
+  python prepare/toy_pretrain.py clip vit resnet    # all again: 21, 16 and 10 minutes, a busy core
 
 The CLIP learns in toy_clip.py. The backbones learn as in ImageNet's training: which of 12 things
 does a picture show? Pictures are of scenes in which objects and backgrounds are NOT tied; none is
