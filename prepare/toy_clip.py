@@ -1,5 +1,4 @@
-"""The toy world's small CLIP: trained on drawn pictures and their captions, as CLIP was, and on
-nothing else.
+"""The toy world's small CLIP, which learns as CLIP did: from pictures and captions alone.
 
 Both towers start from noise and learn by InfoNCE: the mean cross-entropy, over rows and columns, of
 SCALE times the cosines of B pictures and their B captions. Pictures: objects on their usual
@@ -186,7 +185,7 @@ def curves(clip, pairs, texts, count=60):
 def print_curves(clip, pairs, prompts=None):
     texts = {"its class": class_texts(clip, OBJECTS),
              "its background": class_texts(clip, [pairs[name] for name in OBJECTS])}
-    texts |= {} if prompts is None else {"its prompt": prompts}
+    texts |= {"its prompt": prompts} if prompts is not None else {}
     print("the small CLIP's cosines: an object with 0, 1/4, 1/2, 3/4, all of its background | the "
           "background with 1/2, 0 of the object\n"
           "    0, 1/4, 1/2, 3/4, all of an object, alone | the same on its background")

@@ -26,7 +26,7 @@ from toy_scenes import BACKGROUNDS, OBJECTS, SIDE, THINGS, USUAL, scene
 WEIGHTS = Path(__file__).with_name("toy_weights.npz")
 VIT = dict(patch=4, width=128, layers=4, grid=(SIDE // 4, SIDE // 4))
 RESNET = dict(block="BasicBlock", layers=(1, 1, 1, 1), first=24, stem=3)
-FURTHER = ((102, 400, 1e-3, 0.5),)  # a round of toy_clip.py, for other pairs than the usual ones
+FURTHER = ((102, 400, 1e-3, 0.5),)  # a round of toy_clip.py, for other than the usual pairs
 
 
 def untied_scenes(count, seed):
@@ -52,8 +52,7 @@ def crops(x, side=SIDE // 2):
 
 
 def train_vit(steps=2500):
-    """Answers: the logits of all patches, and those that the mean attention map spreads. [CLS]
-    learns nothing."""
+    """Answers: logits of all patches, and as the mean attention spreads them. [CLS] learns none."""
     vit, head = ViT(**VIT), nn.Linear(VIT["width"], len(THINGS))
 
     def answers(view):
@@ -66,7 +65,7 @@ def train_vit(steps=2500):
         return logits, p2p / p2p.sum(dim=2, keepdim=True) @ logits
 
     train_backbone("vit", [*vit.parameters(), *head.parameters()], answers, steps)
-    return vit
+    return vit.state_dict()
 
 
 def train_resnet(steps=1500):
@@ -81,7 +80,7 @@ def train_resnet(steps=1500):
     with torch.no_grad():
         for part in x[:2000].split(100):
             backbone(part)
-    return backbone
+    return backbone.state_dict()
 
 
 def train_backbone(title, parameters, answers, steps, B=48):
@@ -100,31 +99,24 @@ def train_backbone(title, parameters, answers, steps, B=48):
 
 
 def pack(**states):
-    """State dicts in one compressed file, half precision, without word embeddings of zeros"""
+    """State dicts in one compressed file, in half precision"""
     arrays = {f"{title}/{key}": (value.half() if value.is_floating_point() else value).numpy()
               for title, state in states.items() for key, value in state.items()}
-    embeddings = arrays.pop("clip/token_embedding.weight")
-    rows = np.flatnonzero(embeddings.any(axis=1))
     with writing(WEIGHTS) as path:
-        np.savez_compressed(path, rows=rows, embeddings=embeddings[rows], **arrays)
+        np.savez_compressed(path, **arrays)
 
 
 def unpack():
     """-> {"clip", "vit", "resnet": state dict} of the committed file"""
     states = {"clip": {}, "vit": {}, "resnet": {}}
-    arrays = {key: torch.from_numpy(value) for key, value in np.load(WEIGHTS).items()}
-    rows, values = arrays.pop("rows"), arrays.pop("embeddings").float()
-    states["clip"]["token_embedding.weight"] = torch.zeros(49408, values.shape[1]).index_copy(
-        0, rows, values)
-    for key, value in arrays.items():
-        title, _, name = key.partition("/")
+    for key, array in np.load(WEIGHTS).items():
+        (title, _, name), value = key.partition("/"), torch.from_numpy(array)
         states[title][name] = value.float() if value.is_floating_point() else value
     return states
 
 
 def models_for(pairs):
-    """-> (CLIP, {"vit", "resnet": state dict}) of a world with these pairs. The committed CLIP
-    knows the usual ones; with others it learns on."""
+    """-> (CLIP, {"vit", "resnet": state dict}); with other pairs than the usual, CLIP learns on"""
     states, clip = unpack(), CLIP(**SIZES)
     state = states.pop("clip")
     clip.load_state_dict(state if pairs == USUAL else train_clip(pairs, FURTHER, state))
@@ -140,13 +132,11 @@ def parse_args(argv=None):
 
 def main(args):
     """Each part from a seed of its own"""
-    states = unpack()
-    if "clip" in args.parts:
-        states["clip"] = train_clip()
-    for seed, (part, train) in enumerate({"vit": train_vit, "resnet": train_resnet}.items(), 2):
+    states, trainings = unpack(), {"clip": train_clip, "vit": train_vit, "resnet": train_resnet}
+    for seed, (part, train) in enumerate(trainings.items(), 1):
         if part in args.parts:
             torch.manual_seed(seed)
-            states[part] = train().state_dict()
+            states[part] = train()
     pack(**states)
     return f"{WEIGHTS}: {', '.join(args.parts)}; next:\n    python prepare/toy.py --out OUT"
 
