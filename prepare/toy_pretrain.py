@@ -1,6 +1,6 @@
 """The weights of the toy world's models, toy_weights.npz, and how the ViT and the ResNet learned.
 
-  python prepare/toy_pretrain.py clip vit resnet    # all again: 21, 35 and 15 minutes, a busy core
+  python prepare/toy_pretrain.py clip vit resnet    # all again: 21, 35 and 15 minutes, a core
 
 The CLIP learns in toy_clip.py. The backbones learn, in the place of ImageNet's training, which of
 12 things a picture shows. Pictures are views of scenes in which objects and backgrounds are NOT
@@ -61,7 +61,8 @@ def warped(x, parts, scale):
 
 def train_vit(steps=4200):
     """Answers: the logits of all patches, and those that the mean attention map spreads. [CLS]
-    learns nothing. In bfloat16, which is several times as fast on CPUs that have it."""
+    learns nothing. In bfloat16: several times as fast on CPUs that have it, ten times as slow on
+    others."""
     vit, head = ViT(**VIT), nn.Linear(VIT["width"], len(THINGS))
 
     def answers(view):
