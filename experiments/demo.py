@@ -6,7 +6,7 @@ Ends with a table (mIoU of CAMs and masks on train, of segmentations on val), th
 each class's prompt, OUT/table.json, OUT/strip.png, OUT/index.html and OUT/explore.html.
 
   V=data/VOCdevkit/VOC2012
-  python experiments/demo.py --out runs/toy                        # 10 to 15 minutes
+  python experiments/demo.py --out runs/toy                        # 10 to 20 minutes
   python experiments/demo.py --out runs/cnn --generator resnet
   python experiments/demo.py --out runs/voc --voc $V               # VOC 2012, on a GPU
   python experiments/demo.py --out runs/weaktr --voc $V --official checkpoint_best_mIoU.pth
@@ -43,7 +43,7 @@ VOC = {
     "match": ("train", "matching CAM", ""),
     "refine": ("train", "refined CAM", "SemPLeS 68.7"),
     "masks_plain": ("train", "pseudo mask, no CRF", ""),
-    "masks": ("train", "pseudo mask, CRF", "WeakTr 69.4, to our reading"),
+    "masks": ("train", "pseudo mask, CRF", "WeakTr 69.4 (CAM_Label)"),
     "seg_train": ("train", "segmentation, shown classes only, no CRF", "WeakTr 76.5"),
     "seg": ("val", "segmentation, CRF", "WeakTr 74.0")}
 PUBLISHED = {"train_aug": 10582, "train": 1464, "val": 1449}  # lists, and their photos
