@@ -56,7 +56,7 @@ def main(args):
     having = [phase for phase in args.phases if key in recipe_of("toy", phase, {})] or args.phases
     steps = begun.get("steps") if args.steps is None else args.steps
     same = {"steps": steps, "batch": begun.get("batch")}  # as the demo's, for a fair comparison
-    shutil.copytree(args.run / "cam", cam)
+    shutil.copytree(args.run / "cam", cam, ignore=shutil.ignore_patterns("*-*.pt"))  # snapshots
     world = folder if args.world else args.run
     if args.world:
         call("prepare/toy.py", "--out", world, "--seed", begun["seed"], *begun["world"].split(),
