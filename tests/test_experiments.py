@@ -529,6 +529,7 @@ def test_one_photo(toy, chain, tmp_path, capsys, monkeypatch):
 def test_an_exercise_takes_a_new_folder(run, capsys):
     flags = ["--run", run, "--steps", 2, "--phases", "match", "--set", "lambda_b=0"]
     (run / "exercise-1").mkdir()
+    shutil.copy(run / "cam/classify.pt", run / "cam/match-1.pt")  # a snapshot of the demo's
     before = files_in(run)
     call("exercise", *flags)
     told = capsys.readouterr().out
