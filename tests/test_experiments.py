@@ -544,6 +544,26 @@ def test_an_exercise_takes_a_new_folder(run, capsys):
     assert before.items() <= files_in(run).items()
 
 
+def test_rows_of_the_ablation_replace_what_they_say(tmp_path, monkeypatch):
+    """The control: each class has the prompt of another. Class attention: of that phase alone"""
+    told, u_b = [], torch.arange(6.0)[:, None]
+    monkeypatch.setattr(ablation, "call", lambda *words: told.append([str(word) for word in words]))
+    args = ablation.parse_args(["--out", str(tmp_path)])
+    for title in ("prompts permuted", "class attention, the method"):
+        row = next(row for row in ablation.ROWS if row.title == title)
+        _, chain, out = ablation.folders(args, row, 0)
+        chain.mkdir(parents=True)
+        for phase in ablation.PHASES:
+            torch.save({"u_b": u_b, "record": {}}, chain / f"{phase}.pt")
+        ablation.run_row(args, row, 0)
+        if row.words:
+            found = torch.load(out / "prompts.pt")["u_b"]
+            assert (found != u_b).all() and torch.equal(found.sort(dim=0)[0], u_b)
+            assert ["refine" in words for words in told if str(out) in words].count(True) == 1
+    with_attention = [words for words in told if "class_attention=True" in words]
+    assert len(with_attention) == 1 and "classify" in with_attention[0]
+
+
 @pytest.mark.parametrize("what", ["clip", "step"])
 def test_a_bench_shows_ours_theirs_and_their_ratio(what, monkeypatch, capsys):
     small = {"width": 64, "layers": 2}
