@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("--cooccurrence", type=float, default=0.95,
         help="how often an object stands on its own background")
     add("--pairs", default="", metavar="boat:grass,cow:road,...", help="other ties than boat:water "
-        "and so on; the small CLIP learns from pictures and captions with them, for minutes")
+        "and so on; the small CLIP is trained further with them, for minutes")
     add("--resume", action="store_true", help="go on with a run of the same flags, whose finished "
         "files are kept")
     return parser.parse_args(argv)

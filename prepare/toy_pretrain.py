@@ -154,7 +154,7 @@ def unpack():
 
 
 def models_for(pairs):
-    """-> (CLIP, {"vit", "resnet": state dict}); with other pairs than the usual, CLIP learns on"""
+    """-> (CLIP, {"vit", "resnet": state dict}); with other pairs CLIP learns further"""
     states, clip = unpack(), CLIP(**SIZES)
     state = states.pop("clip")
     clip.load_state_dict(state if pairs == USUAL else train_clip(pairs, FURTHER, state))
